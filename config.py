@@ -61,6 +61,7 @@ class Config:
 
     # the data (data.py)
     train_data: tuple = knob((), "tar shards: one pattern or several, e.g. 'shards/{00000..00331}.tar' or 'pipe:CMD {00..99}.tar'")
+    train_samples: int = knob(0, "how many samples they hold, for --plan where the shards are not at hand; 0: read their index")
     caption_key: str = knob("", "'' reads KEY.txt; otherwise this entry of KEY.json, a string or a list to draw one from")
     crop_scale: tuple = knob((0.9, 1.0), "random resized crop: smallest and largest share of the image's area")
     lanes: Union[int, Auto] = knob("auto", "parallel read positions; must divide batch_size; changing it changes the order of samples")
@@ -107,6 +108,10 @@ class Config:
     bucket_mb: float = knob(25.0, "gradient bucket, MB: smaller overlaps earlier, larger sends more efficiently")
     timeout: float = knob(600.0, "seconds without a finished step before a rank gives up and says where")
     seed: int = knob(2024, "of the weights, the order of samples, crops and captions")
+
+    def model_numbers(self):
+        """The numbers that this config changes in its named model -> keyword arguments of model.create."""
+        return {key: getattr(self, key) for key in MODEL_KEYS if getattr(self, key) is not None}
 
 
 HINTS = typing.get_type_hints(Config)

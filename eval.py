@@ -1,0 +1,190 @@
+"""Evaluate a checkpoint: zero-shot classification on a set with a class list, and retrieval; a picture of both.
+
+    python eval.py runs/emoji_v3 --eval_data='data/emoji/test/{00000..00001}.tar'
+
+The set is tar shards. With KEY.cls (a class number) in them, and beside them classnames.txt (a class a line) and, if there
+is one, zeroshot_classification_templates.txt ("a photo of a {c}", a template a line), it is CLIP_benchmark's layout
+and gives zero-shot accuracy. With captions it gives retrieval, R@1, R@5 and R@10 both ways.
+"""
+
+import contextlib
+import json
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import config as configs
+import data
+import dist
+import model as models
+from config import ConfigError
+from tokenizer import Tokenizer
+
+CHUNK = 1024             # queries whose similarities to everything are held at once
+
+
+@torch.no_grad()
+def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False):
+    """The model on c.eval_data, the work shared over the ranks -> {name: share of 1}, the same on every rank.
+
+    With `picture`, rank 0 also writes eval.json and retrieval.png into c.out_dir. Raises ConfigError for a set without
+    classes and captions, or whose class numbers and class list do not go together.
+    """
+    model.eval()
+    images, captions, classes = encode_images(model, c, device, autocast)
+    encode = lambda texts: encode_texts(model, texts, c, device, autocast)
+    results, queries = {}, None
+    names, templates = class_list(c)
+    if names and classes[0] is not None:
+        if max(classes) >= len(names) or min(classes) < 0:
+            raise ConfigError(f"class {max(classes)} in {c.eval_data[0]}, but classnames.txt has {len(names)} lines: it belongs to another set")
+        prompts = encode([template.replace("{c}", name) for name in names for template in templates])
+        prompts = F.normalize(prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)     # (classes, d)
+        results.update(zero_shot(images, prompts, torch.tensor(classes, device=device)))
+        queries = names, prompts, [[i] for i in classes]
+    if captions[0]:
+        texts = list(dict.fromkeys(text for several in captions for text in several))       # each distinct caption once
+        number = {text: i for i, text in enumerate(texts)}
+        relevant = [[number[text] for text in several] for several in captions]
+        text_features = encode(texts)
+        results.update(retrieval(images, text_features, relevant))
+        queries = queries or (texts, text_features, relevant)
+    if not queries:
+        raise ConfigError(f"{c.eval_data[0]} has neither classes (KEY.cls beside classnames.txt) nor captions (KEY.txt, or set caption_key)")
+    if picture:
+        pick = torch.randperm(len(queries[0]), generator=torch.Generator().manual_seed(c.seed))[:8].tolist()
+        best = (queries[1][pick] @ images.T).topk(min(5, len(images)), 1).indices.tolist()
+        pixels = fetch(c, model.image_size, {i for row in best for i in row})
+        if dist.rank() == 0:
+            os.makedirs(c.out_dir, exist_ok=True)
+            with open(os.path.join(c.out_dir, "eval.json"), "w") as f:
+                json.dump({"eval_data": list(c.eval_data), "images": len(images), "texts": len(queries[0]), **results}, f, indent=1)
+            draw(os.path.join(c.out_dir, "retrieval.png"), [queries[0][i] for i in pick], best, pixels,
+                 [[i in queries[2][j] for j in row] for i, row in zip(pick, best)])
+    return results
+
+
+def encode_images(model, c, device, autocast):
+    """-> features [n, d] of the whole set in its order, captions (list of n lists), classes (list of n, or None each)."""
+    mine = []
+    for batch in samples(c, model.image_size):
+        with autocast():
+            features = model.encode_image(batch.images.to(device, non_blocking=True))
+        mine += zip(batch.positions.tolist(), features.float().cpu(), batch.captions, batch.classes)
+    everyone = sorted((row for rows in dist.all_gather_objects(mine) for row in rows), key=lambda row: row[0])
+    _, features, captions, classes = zip(*everyone)
+    return torch.stack(features).to(device), captions, classes
+
+
+def samples(c, image_size):
+    return data.read_samples(c.eval_data, image_size, c.caption_key, c.eval_batch, dist.rank(), dist.world_size(), c.workers)
+
+
+def encode_texts(model, texts, c, device, autocast):
+    """list of n str -> features [n, d]; every rank encodes a share."""
+    tokenizer = Tokenizer(model.context_length)
+    share = texts[dist.rank()::dist.world_size()]
+    features = []
+    for start in range(0, len(share), c.eval_batch):
+        tokens = tokenizer(share[start:start + c.eval_batch])
+        tokens = tokens[:, :max(1, int((tokens != 0).sum(1).max()))]
+        with autocast():
+            features.append(model.encode_text(tokens.to(device)).float().cpu())
+    shares = dist.all_gather_objects(torch.cat(features) if features else None)
+    out = torch.empty(len(texts), shares[0].shape[1])
+    for r, share in enumerate(shares):
+        if share is not None:
+            out[r::len(shares)] = share
+    return out.to(device)
+
+
+def class_list(c):
+    """-> (class names, templates) from the files beside the first shard; ([], []) if there is no class list."""
+    folder = os.path.dirname(data.expand(c.eval_data)[0])
+    def lines(name):
+        path = os.path.join(folder, name)
+        with open(path, encoding="utf-8") as f:
+            return [line.rstrip("\n") for line in f if line.strip()]
+    if not os.path.exists(os.path.join(folder, "classnames.txt")):
+        return [], []
+    has_templates = os.path.exists(os.path.join(folder, "zeroshot_classification_templates.txt"))
+    return lines("classnames.txt"), lines("zeroshot_classification_templates.txt") if has_templates else ["a photo of a {c}"]
+
+
+def zero_shot(images, prompts, classes):
+    """images [n, d], one prompt per class [classes, d], classes [n] -> top-1, top-5 and mean per-class top-1 accuracy."""
+    top = torch.cat([(part @ prompts.T).topk(min(5, len(prompts)), 1).indices for part in images.split(CHUNK)])   # (n, 5)
+    hit = top == classes[:, None]
+    right = torch.zeros(len(prompts), device=images.device).index_add_(0, classes, hit[:, 0].float())
+    count = torch.bincount(classes, minlength=len(prompts))
+    return {"zeroshot_top1": hit[:, 0].float().mean().item(), "zeroshot_top5": hit.any(1).float().mean().item(),
+            "zeroshot_mean_per_class": (right[count > 0] / count[count > 0]).mean().item()}
+
+
+def retrieval(images, texts, relevant):
+    """images [n, d], texts [m, d], relevant: the text numbers of each image -> R@1/5/10: is any right one among the first k?"""
+    pairs = {(i, j) for i, several in enumerate(relevant) for j in several}
+    results = {}
+    for name, queries, targets, right in (("image_to_text", images, texts, lambda q, t: (q, t) in pairs),
+                                          ("text_to_image", texts, images, lambda q, t: (t, q) in pairs)):
+        top = torch.cat([(part @ targets.T).topk(min(10, len(targets)), 1).indices for part in queries.split(CHUNK)]).tolist()
+        first = [next((rank for rank, t in enumerate(row) if right(q, t)), 10) for q, row in enumerate(top)]
+        results.update({f"{name}_R@{k}": sum(rank < k for rank in first) / len(first) for k in (1, 5, 10)})
+    return results
+
+
+def fetch(c, image_size, wanted):
+    """The images at the positions `wanted` -> {position: uint8 [3, S, S]}: read again, so that no run holds a whole set."""
+    mine = {}
+    for batch in samples(c, image_size):
+        mine.update((i, image) for i, image in zip(batch.positions.tolist(), batch.images) if i in wanted)
+    return {i: image for part in dist.all_gather_objects(mine) for i, image in part.items()}
+
+
+def draw(path, queries, best, pixels, right):
+    """A row per query: its text, then its nearest images, framed green where they are right."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(len(queries), 1 + len(best[0]), figsize=(2.6 + 1.3 * len(best[0]), 1.35 * len(queries)), squeeze=False,
+                                width_ratios=[2.2] + [1] * len(best[0]), layout="constrained")
+    for row, query, positions, hits in zip(axes, queries, best, right):
+        row[0].text(0, 0.5, query if len(query) < 60 else query[:57] + "...", va="center", fontsize=10, wrap=True)
+        row[0].axis("off")
+        for axis, position, hit in zip(row[1:], positions, hits):
+            axis.imshow(pixels[position].permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color="#2a9d3a" if hit else "#cccccc", linewidth=4 if hit else 1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table(results):
+    return "\n".join(f"  {key:<26}{100 * value:6.1f} %" for key, value in results.items())
+
+
+def main(argv):
+    if not argv or argv[0] in ("-h", "--help"):
+        raise ConfigError("usage: python eval.py CHECKPOINT_OR_RUN_FOLDER [--key=value ...]")
+    folder = argv[0]
+    if os.path.exists(os.path.join(folder, "checkpoints", "latest")):
+        folder = checkpoint.find(configs.Config(out_dir=folder, resume="auto"))
+    saved = checkpoint.read(os.path.join(folder, "train.pt"))["config"]
+    c = configs.load([f"--{key}={value!r}" for key, value in saved.items() if key in configs.HINTS] + argv[1:])
+    if not c.eval_data:
+        raise ConfigError("eval_data is empty: name the shards, for example --eval_data='data/emoji/test/*.tar'")
+    device = dist.init(c.device, c.timeout)
+    model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
+    checkpoint.load_model(folder, model, c)
+    results = evaluate(model, c, device, picture=True)
+    if dist.rank() == 0:
+        print(f"{folder} on {' '.join(c.eval_data)}\n{table(results)}\n  {c.out_dir}/eval.json, {c.out_dir}/retrieval.png")
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    configs.or_exit(main, sys.argv[1:])

@@ -1,0 +1,170 @@
+"""Train CLIP with one of seven contrastive algorithms. `train_step` below is Algorithm 1 of FastCLIP (arXiv 2407.01445).
+
+    python train.py configs/emoji_v3.py                                     one process, on the GPU if there is one
+    torchrun --nproc_per_node 8 train.py configs/cc12m_v3.py                one node
+    python train.py configs/laion315m_v3.py --plan=True                     what it would do
+"""
+
+import contextlib
+import os
+import sys
+import time
+
+import torch
+
+import checkpoint
+import config as configs
+import data
+import dist
+import eval as evaluation
+import model as models
+import optim
+import watch
+from config import ConfigError
+from loss import ContrastiveLoss
+
+
+def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, steps_per_epoch, total_steps):
+    """One iteration of Algorithm 1 on this rank's share of the global batch -> LossOutput, features' finiteness."""
+    gamma = optim.gamma(c, step, steps_per_epoch, total_steps)
+    optim.set_lr(optimizer, c, step, total_steps)
+    reducer.zero()
+
+    # u (and per-sample tau) of the global batch: fetched while the towers run.
+    rows = loss.lookup(batch.ids)
+
+    # Features e1, e2 of my samples. With micro-batches: first without gradients, then once more, each with its gradient.
+    pieces = list(zip(batch.images.split(c.micro_batch or len(batch.ids)), batch.tokens.split(c.micro_batch or len(batch.ids))))
+    with torch.set_grad_enabled(len(pieces) == 1), autocast():
+        features = [model(images, tokens) for images, tokens in pieces]
+    image_features, text_features = (torch.cat(parts) for parts in zip(*features))              # (b, d) each
+
+    # Gather features; contrast g; u <- (1 - gamma) u + gamma g; gradients of the objective by the features and by tau.
+    out = loss(image_features, text_features, model.logit_scale, rows, gamma, step // steps_per_epoch,
+               optim.lr_tau(c, step, total_steps))
+
+    # Back through the towers; gradients are averaged over the ranks meanwhile.
+    grads = zip(scaler.scale(out.grad_image).split(len(pieces[0][0])), scaler.scale(out.grad_text).split(len(pieces[0][0])))
+    for i, (piece, grad) in enumerate(zip(pieces, grads)):
+        if len(pieces) > 1:
+            with autocast():
+                features[i] = model(*piece)
+        if i == len(pieces) - 1:
+            reducer.arm()
+        torch.autograd.backward(features[i], grad)
+    if out.grad_logit_scale is not None:
+        model.logit_scale.grad = scaler.scale(out.grad_logit_scale)       # already the global batch's, on every rank
+    reducer.wait()
+
+    # Update w and tau.
+    if c.grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    log_scale = model.logit_scale.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    if out.grad_logit_scale is not None:
+        optim.finish_tau_step(model.logit_scale, log_scale, c)
+    return out
+
+
+def main(argv):
+    c = configs.load(argv)
+    if c.plan:
+        import plan
+        return print(plan.report(c))
+    device = dist.init(c.device, c.timeout)
+    watchdog = dist.Watchdog(c.timeout)
+    step = None
+    try:
+        # What can be refused is refused here, before anything is trained.
+        if not c.train_data:
+            raise ConfigError("train_data is empty: name tar shards, for example --train_data='shards/{00000..00331}.tar'")
+        world_size = dist.world_size()
+        b, rest = divmod(c.batch_size, world_size)
+        if rest or (c.micro_batch and b % c.micro_batch):
+            raise ConfigError(f"batch_size = {c.batch_size} must be a multiple of {world_size} ranks" +
+                              (f" x micro_batch = {c.micro_batch}" if c.micro_batch else "") + f"; the nearest below is "
+                              f"{c.batch_size - c.batch_size % (world_size * max(1, c.micro_batch))}")
+        start_from = checkpoint.find(c)
+        index = first_rank_first(lambda: data.load_index(c.train_data, c.caption_key))
+        if c.eval_data:
+            first_rank_first(lambda: data.load_index(c.eval_data, c.caption_key, evaluation=True))
+        order = data.Order(index, c.batch_size, c.lanes, c.shuffle_block, c.seed)
+        total_steps = min(x for x in (int(c.epochs * order.steps_per_epoch), c.max_steps) if x)
+
+        torch.manual_seed(c.seed)
+        model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
+        dtype = precision(c, device)
+        if device.type == "cuda" and models.is_resnet(model):
+            model.to(memory_format=torch.channels_last)
+        dist.broadcast_weights(model)
+        optimizer = optim.create(model, c)
+        loss = ContrastiveLoss(c.algorithm, index.num_samples, c.equations, c.rho, c.eps_u, c.tau_init, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        step = checkpoint.load(start_from, model, optimizer, loss, scaler, c) if start_from else 0
+        dist.check_same_weights(model)
+        if c.compile is True or (c.compile == "auto" and device.type == "cuda"):
+            model.compile_blocks()
+        reducer = dist.GradReducer([p for p in model.parameters() if p is not model.logit_scale], c.bucket_mb,
+                                   torch.bfloat16 if c.grad_wire == "bf16" else torch.float32)
+        autocast = (lambda: torch.autocast(device.type, dtype)) if dtype != torch.float32 else contextlib.nullcontext
+        loader = data.Loader(order, model.image_size, model.context_length, c.crop_scale, c.caption_key, dist.rank(), world_size,
+                             c.workers, device, start_step=step, num_steps=total_steps)
+        log = watch.Log(c, order, total_steps, step, model, dtype, device)
+
+        # The loop.
+        model.train()
+        for batch in loader:
+            log.data_is_ready()
+            out = train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, order.steps_per_epoch, total_steps)
+            step += 1
+            watchdog.beat(f"step {step}")
+            last = step == total_steps
+            save = last or step % (c.save_steps or order.steps_per_epoch) == 0
+            log.step(step, batch, out, optim.gamma(c, step - 1, order.steps_per_epoch, total_steps), optimizer, flush=save)
+            if save:
+                checkpoint.save(c.out_dir, step, model, optimizer, loss, scaler, c, c.keep)
+                watchdog.beat(f"saving step {step}")
+            if c.eval_data and (last or (c.eval_steps and step % c.eval_steps == 0)):
+                dist.average_batchnorm(model)
+                log.evaluation(step, evaluation.evaluate(model, c, device, autocast, picture=last))
+                watchdog.beat(f"evaluating step {step}")
+                model.train()
+        dist.check_same_weights(model)
+        log.finish()
+    except ConfigError:
+        raise
+    except Exception as error:
+        print(f"error: rank {dist.rank()}, {'start-up' if step is None else f'step {step + 1}'}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        watchdog.stop()
+    dist.shutdown()
+
+
+def first_rank_first(function):
+    """Call on rank 0, then on the others, which find its work done. An error on rank 0 reaches all ranks."""
+    failed = None
+    if dist.rank() == 0:
+        try:
+            result = function()
+        except ConfigError as error:
+            failed = error
+    failed = dist.all_gather_objects(failed)[0]
+    if failed:
+        raise failed
+    return result if dist.rank() == 0 else function()
+
+
+def precision(c, device):
+    """config.precision -> the dtype in which the towers compute."""
+    if c.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    if c.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision = 'fp16' needs a GPU; on the CPU use fp32 or bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
+
+
+if __name__ == "__main__":
+    configs.or_exit(main, sys.argv[1:])
