@@ -2,9 +2,9 @@
 
     python eval.py runs/emoji_v3 --eval_data='data/emoji/test/{00000..00001}.tar'
 
-The set is tar shards. With KEY.cls (a class number) in them, and beside them classnames.txt (a class a line) and, if there
-is one, zeroshot_classification_templates.txt ("a photo of a {c}", a template a line), it is CLIP_benchmark's layout
-and gives zero-shot accuracy. With captions it gives retrieval, R@1, R@5 and R@10 both ways.
+The set is tar shards. With KEY.cls (a class number) in them, and beside them, or in the folder above, classnames.txt (a class a
+line) and, if there is one, zeroshot_classification_templates.txt ("a photo of a {c}", a template a line), the files that
+CLIP_benchmark reads, it gives zero-shot accuracy. With captions it gives retrieval, R@1, R@5 and R@10 both ways.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False):
         prompts = F.normalize(prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)     # (classes, d)
         results.update(zero_shot(images, prompts, torch.tensor(classes, device=device)))
         queries = names, prompts, [[i] for i in classes]
-    if captions[0]:
+    if any(captions):
         texts = list(dict.fromkeys(text for several in captions for text in several))       # each distinct caption once
         number = {text: i for i, text in enumerate(texts)}
         relevant = [[number[text] for text in several] for several in captions]
@@ -102,16 +102,16 @@ def encode_texts(model, texts, c, device, autocast):
 
 
 def class_list(c):
-    """-> (class names, templates) from the files beside the first shard; ([], []) if there is no class list."""
-    folder = os.path.dirname(data.expand(c.eval_data)[0])
+    """-> (class names, templates) from the files beside the first shard, or in the folder above; no names if there is no class list."""
+    shards = os.path.dirname(data.expand(c.eval_data)[0])
     def lines(name):
-        path = os.path.join(folder, name)
-        with open(path, encoding="utf-8") as f:
-            return [line.rstrip("\n") for line in f if line.strip()]
-    if not os.path.exists(os.path.join(folder, "classnames.txt")):
-        return [], []
-    has_templates = os.path.exists(os.path.join(folder, "zeroshot_classification_templates.txt"))
-    return lines("classnames.txt"), lines("zeroshot_classification_templates.txt") if has_templates else ["a photo of a {c}"]
+        for folder in (shards, os.path.dirname(shards)):
+            path = os.path.join(folder, name)
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as f:
+                    return [line.rstrip("\n") for line in f if line.strip()]
+        return []
+    return lines("classnames.txt"), lines("zeroshot_classification_templates.txt") or ["a photo of a {c}"]
 
 
 def zero_shot(images, prompts, classes):

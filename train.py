@@ -8,7 +8,10 @@
 import contextlib
 import os
 import sys
-import time
+
+# On CPUs that this process shares with its data workers, a thread that waits must not spin: it would hold a core that
+# the one it waits for needs. Read once, when torch is loaded; nothing of it matters on a GPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
@@ -47,7 +50,7 @@ def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step
     grads = zip(scaler.scale(out.grad_image).split(len(pieces[0][0])), scaler.scale(out.grad_text).split(len(pieces[0][0])))
     for i, (piece, grad) in enumerate(zip(pieces, grads)):
         if len(pieces) > 1:
-            with autocast():
+            with autocast(), models.frozen_batch_stats(model):
                 features[i] = model(*piece)
         if i == len(pieces) - 1:
             reducer.arm()

@@ -1,0 +1,2 @@
+base = "emoji.py"
+algorithm = "fastclip-v0"

@@ -1,0 +1,602 @@
+"""Tar shards to batches. The order of samples is a pure function, so a run can stop, move and resume at any step.
+
+Shards are WebDataset tars as img2dataset writes them: 000012345.jpg, .txt, .json. The story, top to bottom:
+
+  the index   how many usable samples each shard holds; a sample's id is its shard's offset plus its position: dense, 0..N-1
+  the order   (seed, epoch, index, lanes, block) -> which ids make up the global batch of any step
+  a sample    decoded, cropped and captioned by draws from (seed, epoch, id): the same pixels in whatever process
+  reading     each lane reads its shards forwards, a block at a time; resuming skips, and decodes nothing that went before
+  the loader  workers yield their lanes' share of every step, the consumer joins the shares
+
+    python data.py index 'shards/{00000..00331}.tar' [--caption_key=KEY] [--evaluation] [--verify] [--out=FILE]
+"""
+
+import argparse
+import glob
+import json
+import math
+import multiprocessing.forkserver
+import os
+import re
+import signal
+import sys
+import tarfile
+import threading
+import time
+import warnings
+from collections import Counter
+from functools import lru_cache, partial
+from itertools import chain, islice
+from multiprocessing.pool import ThreadPool
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from braceexpand import braceexpand
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchvision.io import ImageReadMode, decode_image
+from tqdm import tqdm
+from webdataset import gopen
+
+from config import ConfigError, or_exit
+from tokenizer import Tokenizer
+
+IMAGES = {"jpg", "jpeg", "png", "webp"}
+BACK_OFF = (1, 2, 4)                # seconds before an unreadable shard is tried again
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SHARDS, BLOCK, SAMPLE = range(3)    # what random numbers are for, so that no two uses share draws
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. Its text is the reason under which it is counted."""
+
+
+class ShardError(RuntimeError):
+    """A shard that could not be read. The message names it."""
+
+
+def rng(*key):
+    """Non-negative ints -> a generator of their own. Philox by name, as numpy's default may change."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+# ---- tar shards and their index ----
+
+class Header(tarfile.TarInfo):
+    """tarfile takes a damaged or missing header for the end of a tar; here only the end-of-archive marker is the end."""
+    @classmethod
+    def frombuf(cls, *args):
+        try:
+            return super().frombuf(*args)
+        except tarfile.HeaderError as error:
+            raise error if isinstance(error, tarfile.EOFHeaderError) else tarfile.ReadError(f"breaks off: {error}")
+
+
+def open_url(url):
+    """A path, or pipe:COMMAND -> a stream of bytes."""
+    stream = gopen(url) if url.startswith("pipe:") else open(url, "rb")
+    stream.ignore_errors = True     # of a command: its failure shows in what it sent; one cut short dies of SIGPIPE
+    return stream
+
+
+def members(url):
+    """Yield (tar, entry, key, extension) for every file of a shard: dir/000.a.jpg has key dir/000 and extension a.jpg."""
+    with open_url(url) as stream:
+        try:                        # a file can seek over what is not wanted, a pipe is read through
+            tar = tarfile.open(fileobj=stream, mode="r|" if url.startswith("pipe:") else "r:", tarinfo=Header)
+        except tarfile.TarError as error:
+            raise OSError(f"not a tar: {error}") from error
+        while entry := tar.next():
+            tar.members.clear()     # tarfile would remember every member it has seen
+            name = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", entry.name)
+            if name and entry.isfile():
+                yield tar, entry, name[1], name[2].lower()
+
+
+def usable_samples(url, kinds, wanted):
+    """Yield (key, {extension: bytes}) for each usable sample of a shard: neighbouring files of one key, among them an image and one
+    of `kinds`. Only positions in `wanted`, a range, are read, others have no files. OSError: unreadable; TarError: damaged later on."""
+    position, key, seen, files = 0, None, set(), {}
+    for tar, entry, new_key, extension in chain(members(url), [(None, None, None, None)]):
+        if new_key != key:
+            if seen & IMAGES and seen & set(kinds):
+                yield key, files
+                position += 1
+            key, seen, files = new_key, set(), {}
+        seen.add(extension)
+        if position in wanted and (extension in IMAGES or extension in kinds):
+            files[extension] = tar.extractfile(entry).read()
+
+
+class Index(NamedTuple):
+    """shards: n urls; counts: their usable samples, int64 [n]; kinds: a sample has one of these extensions beside its image."""
+    shards: list
+    counts: np.ndarray
+    kinds: tuple
+
+    @property
+    def num_samples(self):
+        return int(self.counts.sum())
+
+
+def expand(patterns):
+    """Patterns with {00..99} and, for files, * -> list of urls. ConfigError if one matches nothing, or some of its files are missing."""
+    urls = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            found = list(braceexpand(os.path.expanduser(pattern)))
+        except ValueError as error:
+            raise ConfigError(f"{pattern}: {error}") from error
+        if not pattern.startswith("pipe:"):
+            found = [path for name in found for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+            missing = [path for path in found if not os.path.exists(path)]
+            if len(missing) == len(found):
+                raise ConfigError(f"{pattern} matches no file, as seen from {os.getcwd()}: correct the pattern")
+            if missing:
+                raise ConfigError(f"{pattern}: {missing[0]} does not exist, {len(missing)} of {len(found)} shards are missing: "
+                                  "fetch them, or narrow the pattern")
+        urls += found
+    return urls
+
+
+def index_file(pattern, url):
+    """index.json beside the first shard; for pipe:, and in a folder where one may not write, a file in ~/.cache/fastclip."""
+    folder, is_pipe = os.path.dirname(os.path.abspath(url)), pattern.startswith("pipe:")
+    beside = os.path.join(folder, "index.json")
+    if not is_pipe and (os.path.exists(beside) or os.access(folder, os.W_OK) and os.stat(folder).st_mode & 0o222):      # root may all
+        return beside
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    return os.path.join(cache, "fastclip", re.sub(r"\W+", "-", pattern if is_pipe else folder)[-200:] + ".json")
+
+
+def load_index(patterns, caption_key="", evaluation=False, verify=False, path=None):
+    """Patterns of shards -> Index. Counts are read from each pattern's index_file (or `path`); what is missing there, or was made for
+    a shard of another size in bytes, is counted, with progress, and written. caption_key: '' counts samples with KEY.txt, else with
+    KEY.json; evaluation: KEY.cls will do as well; verify: decodes all and prints what is bad. Raises ConfigError: missing,
+    unreadable or damaged shards, one without captions, no samples at all."""
+    kinds = ("json" if caption_key else "txt", *(["cls"] if evaluation else []))
+    kind, shards, counts = "|".join(kinds), [], []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        urls, is_pipe = expand(pattern), pattern.startswith("pipe:")
+        file = os.path.abspath(path or index_file(pattern, urls[0]))
+        try:
+            with open(file) as f:
+                known = json.load(f)["shards"]                  # {name: {"size": bytes, kind: count}}
+        except OSError:
+            known = {}
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{file} is not an index that data.py wrote: move it away") from error
+        names = [url if is_pipe else os.path.relpath(url, os.path.dirname(file)) for url in urls]
+        for name, url in zip(names, urls):
+            size = None if is_pipe else os.path.getsize(url)
+            if known.setdefault(name, {"size": size})["size"] != size:
+                known[name] = {"size": size}
+        todo = {name: url for name, url in zip(names, urls) if verify or kind not in known[name]}
+        try:
+            with ThreadPool(8) as pool:                         # disks, pipes and decoders work side by side
+                results = pool.imap(partial(count_samples, kinds=kinds, verify=verify, caption_key=caption_key), todo.values())
+                for name, count in zip(todo, tqdm(results, f"indexing {pattern}", len(todo), unit="shard", disable=not todo)):
+                    known[name][kind] = count
+        finally:                                                # what was counted is kept, whatever ended the counting
+            if todo:
+                write_index(file, known)
+        shards += urls
+        counts += [known[name][kind] for name in names]
+    if not sum(counts):
+        raise ConfigError(f"{patterns}: no usable sample in {len(shards)} shards")
+    return Index(shards, np.array(counts, dtype=np.int64), kinds)
+
+
+def write_index(file, known):
+    """Atomically, so that nobody reads half of it; a warning if it cannot be done."""
+    try:
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(f"{file}.{os.getpid()}", "w") as f:
+            json.dump({"shards": known}, f, indent=1)
+        os.replace(f.name, file)
+        print(f"index written: {file}", file=sys.stderr)
+    except OSError as error:
+        warnings.warn(f"the index cannot be written and will be made again at the next start: {error}")
+
+
+def count_samples(url, kinds, verify, caption_key):
+    """How many usable samples a shard holds: from img2dataset's NNNNN_stats.json beside it or by walking through its headers
+    (verify: by decoding them all). ConfigError if it cannot be used."""
+    count, bad = 0, Counter()
+    try:
+        if not verify and (count := count_in_statistics(url, kinds)):
+            return count
+        for key, files in usable_samples(url, kinds, range(sys.maxsize if verify else 0)):
+            count += 1
+            try:
+                if verify:
+                    decode(files), "cls" in files or captions(files, caption_key)
+            except BadSample as error:
+                bad[str(error)] += 1
+                tqdm.write(f"{url} {key}: {error}")
+        if verify:
+            tqdm.write(f"{url}: {count} samples, bad: {dict(bad) or 'none'}")
+        held = Counter() if count else Counter(extension for *_, extension in members(url))
+    except (OSError, tarfile.TarError) as error:
+        size = "" if url.startswith("pipe:") else f" ({os.path.getsize(url)} bytes)"
+        raise ConfigError(f"{url}{size} is unreadable or damaged after {count} samples: {error}; fetch it again, or leave it out") from error
+    if held:
+        raise ConfigError(f"{url} has no usable sample: one needs an image ({', '.join(sorted(IMAGES))}) and, of the same key, "
+                          f"{' or '.join(kinds)}; it holds {', '.join(f'{n} {extension}' for extension, n in held.most_common(8))}"
+                          + ("; set caption_key if captions are in KEY.json" if "json" in held and "json" not in kinds else ""))
+    return count
+
+
+def count_in_statistics(url, kinds):
+    """-> successes in img2dataset's statistics; 0 if there are none, or the shard's beginning and end do not look like its work."""
+    beside, is_pipe = "_stats.json".join(url.rsplit(".tar", 1)), url.startswith("pipe:")
+    try:
+        with open_url(f"{beside} 2>/dev/null" if is_pipe else beside) as f:
+            count = json.loads(f.read())["successes"]
+        if not is_pipe:
+            with open(url, "rb") as f:
+                f.seek(-1024, os.SEEK_END)                      # a tar ends with two empty blocks, one cut short does not
+                count *= not any(f.read())
+        return count if count and next(usable_samples(url, kinds, range(0)), None) else 0
+    except (OSError, ValueError, KeyError, tarfile.TarError):
+        return 0
+
+
+# ---- the order ----
+
+def lanes_and_block(batch_size, lanes="auto", block="auto"):
+    """-> (lanes, samples in a shuffled block). ConfigError if lanes does not divide batch_size.
+    lanes = auto: the largest divisor of batch_size up to 512. More lanes mix better and divide among more ranks x workers, but each
+    keeps a shard open (of a pipe: a running command), and begins an epoch by skipping to its place in its first shard.
+    block = auto: all lanes together shuffle 65,536 samples, held compressed: 2 GB over all ranks, at 30 kB each."""
+    if lanes == "auto":
+        lanes = max(d for d in range(1, min(512, batch_size) + 1) if batch_size % d == 0)
+    if batch_size % lanes:
+        raise ConfigError(f"lanes = {lanes} does not divide batch_size = {batch_size}")
+    return lanes, max(1, 65536 // lanes) if block == "auto" else block
+
+
+class Order:
+    """Which samples make up the global batch of every step: a pure function of these arguments and of nothing else.
+
+    In each epoch the shards are permuted and laid end to end: a line of num_samples places, turned by a random amount so that no
+    sample sits at an edge in every epoch. The line is cut into `lanes` of equal length, which may begin and end inside a shard; less
+    than one global batch is left over. Within a lane, blocks are shuffled. Each step takes batch_size / lanes samples from every
+    lane. Ranks, and in them workers, own neighbouring lanes: their numbers decide who reads a sample, never when it comes."""
+
+    def __init__(self, index, batch_size, lanes="auto", block="auto", seed=0):
+        """Raises ConfigError if the samples do not fill one global batch, or lanes does not divide it."""
+        self.index, self.batch_size, self.seed, self.num_samples = index, batch_size, seed, index.num_samples
+        self.offsets = np.cumsum(index.counts) - index.counts                   # each shard's first id
+        self.lanes, self.block_length = lanes_and_block(batch_size, lanes, block)
+        self.per_lane = batch_size // self.lanes                                # samples of a lane in a step
+        self.steps_per_epoch = self.num_samples // batch_size
+        self.lane_length = self.steps_per_epoch * self.per_lane
+        if not self.steps_per_epoch:
+            raise ConfigError(f"{self.num_samples} samples in {len(index.shards)} shards do not fill one global batch: {self.num_samples} "
+                              f"// batch_size = {batch_size} is 0 steps an epoch; lower batch_size or add data")
+
+    @lru_cache(maxsize=2)
+    def shards(self, epoch):
+        """-> (the shards' permutation, the end of each on the line, by how much the line is turned)."""
+        random = rng(self.seed, epoch, SHARDS)
+        shards = random.permutation(len(self.index.counts))
+        return shards, np.cumsum(self.index.counts[shards]), random.integers(self.num_samples)
+
+    def line(self, epoch, lane, start, end):
+        """The places start..end of a lane (or behind it, then round the corner) -> ids, int64 [end - start]."""
+        shards, ends, turn = self.shards(epoch)
+        place = (lane * self.lane_length + np.arange(start, end) + turn) % self.num_samples
+        nth = np.searchsorted(ends, place, side="right")
+        return self.offsets[shards[nth]] + self.index.counts[shards[nth]] - ends[nth] + place
+
+    def block(self, epoch, lane, start, end):
+        """The same places as one block -> ids, int64 [end - start], in the order in which they are handed out."""
+        return rng(self.seed, epoch, BLOCK, lane, start).permutation(self.line(epoch, lane, start, end))
+
+    def parts(self, step, lane):
+        """What a lane gives to a global step: yield (epoch, block's start, its end, first, last), all places in the lane.
+        The lanes' first blocks differ in length, so that they do not all come to read the next one in the same step."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        first_block = -(-self.block_length * (lane + 1) // self.lanes)
+        place, stop = step * self.per_lane, (step + 1) * self.per_lane
+        while place < stop:
+            number = 0 if place < first_block else 1 + (place - first_block) // self.block_length
+            end = min(first_block + number * self.block_length, self.lane_length)
+            yield epoch, max(0, first_block + (number - 1) * self.block_length), end, place, min(end, stop)
+            place = min(end, stop)
+
+
+def batch_ids(order, step):
+    """A step, counted from 0 over all epochs -> the ids of its global batch, int64 [batch_size], lane after lane: what the loaders
+    of all ranks yield, except that they replace bad samples."""
+    return np.concatenate([order.block(epoch, lane, start, end)[first - start:last - start]
+                           for lane in range(order.lanes) for epoch, start, end, first, last in order.parts(step, lane)])
+
+
+# ---- a sample ----
+
+def decode(files):
+    """The image among {extension: bytes} -> uint8 [3, h, w]. BadSample if it is corrupt, or if there are no files at all."""
+    if not files:
+        raise BadSample("missing from shard")
+    try:
+        data = next(files[extension] for extension in files if extension in IMAGES)
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        raise BadSample("corrupt image") from error
+    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)          # a PNG can have 16 bits
+
+
+def captions(files, caption_key):
+    """The captions among {extension: bytes} -> list of str, none of them empty. BadSample if there is not one."""
+    try:
+        value = json.loads(files["json"])[caption_key] if caption_key else files["txt"].decode("utf-8", "replace")
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample("no caption") from error
+    texts = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise BadSample("empty caption")
+    return texts
+
+
+def resize(image, height, width):
+    """uint8 [3, h, w] -> uint8 [3, height, width], bicubic and antialiased."""
+    return torch.nn.functional.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
+
+
+def random_crop(height, width, scale, random):
+    """-> (top, left, height, width) in pixels: a share of the area drawn from `scale`, an aspect ratio drawn log-uniformly from
+    3/4..4/3; when ten draws do not fit into the image, the largest part at its centre with such a ratio."""
+    for _ in range(10):
+        area, ratio = height * width * random.uniform(*scale), math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return random.integers(height - h + 1), random.integers(width - w + 1), h, w
+    ratio = min(max(width / height, 3 / 4), 4 / 3)
+    h, w = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def training_sample(files, random, image_size, crop_scale, caption_key):
+    """{extension: bytes}, a generator -> (image uint8 [3, S, S], caption str). BadSample says why not."""
+    image, texts = decode(files), captions(files, caption_key)
+    text = texts[random.integers(len(texts))]
+    top, left, h, w = random_crop(*image.shape[1:], crop_scale, random)
+    return resize(image[:, top:top + h, left:left + w], image_size, image_size), text
+
+
+def evaluation_sample(files, size, caption_key):
+    """{extension: bytes} -> (image uint8 [3, size, size]: the shorter side resized, then the centre; list of captions, maybe empty;
+    class number or None). BadSample says why not."""
+    image, label = decode(files), files.get("cls")
+    h, w = (size * side // min(image.shape[1:]) for side in image.shape[1:])
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    if label is not None and not label.strip().isdigit():
+        raise BadSample("class is not a number")
+    try:
+        texts = captions(files, caption_key)
+    except BadSample:
+        texts = []
+    return resize(image, h, w)[:, top:top + size, left:left + size], texts, int(label) if label else None
+
+
+# ---- reading ----
+
+class Reader:
+    """Reads samples by id, forwards through one open shard; an id behind opens it anew. `stride`: between the ids to come."""
+
+    def __init__(self, index, stride=1):
+        self.index, self.stride, self.ends, self.shard = index, stride, np.cumsum(index.counts), None
+
+    def read(self, sample_id):
+        """-> {extension: bytes}; empty if the shard ends, or breaks off, before it. ShardError, after retries, if it is unreadable."""
+        shard = int(np.searchsorted(self.ends, sample_id, side="right"))
+        url, count = self.index.shards[shard], int(self.index.counts[shard])
+        position = sample_id - int(self.ends[shard]) + count
+        for wait in (*BACK_OFF, None):
+            try:
+                if self.shard != shard or self.next > position:
+                    wanted = range(position, count, self.stride)
+                    self.shard, self.next, self.samples = shard, 0, usable_samples(url, self.index.kinds, wanted)
+                for _, files in self.samples:
+                    self.next += 1
+                    if self.next > position:
+                        return files
+                return {}
+            except (OSError, tarfile.TarError) as error:
+                reason = error
+            if isinstance(reason, tarfile.TarError) and (wait is None or not url.startswith("pipe:")):
+                return {}                           # a file that breaks off stays so; a command may fare better next time
+            if wait is None:
+                raise ShardError(f"{url} cannot be read ({len(BACK_OFF) + 1} attempts): {type(reason).__name__}: {reason}")
+            self.shard = None
+            time.sleep(wait)
+
+
+class Lane:
+    """A lane of an order and its current block, read whole but still compressed."""
+
+    def __init__(self, order, lane, prepare):
+        self.order, self.lane, self.prepare, self.reader, self.at = order, lane, prepare, Reader(order.index), None
+
+    def take(self, step, bad):
+        """Yield the lane's (id, image, caption)s of a global step; bad samples are counted by reason in the Counter `bad`."""
+        for epoch, start, end, first, last in self.order.parts(step, self.lane):
+            if self.at != (epoch, start):
+                self.at, self.held = (epoch, start), None       # the old block makes room first
+                self.held = {i: self.reader.read(i) for i in self.order.line(epoch, self.lane, start, end).tolist()}
+                self.ids = self.order.block(epoch, self.lane, start, end).tolist()
+            for place in range(first - start, last - start):
+                yield self.good_sample(epoch, end, place, bad)
+
+    def good_sample(self, epoch, end, place, bad):
+        """The sample at a place of the block or, in a bad one's stead, the next good one of the block, or of the line behind it."""
+        reasons = []
+        behind = (i for k in range(1000) for i in self.order.line(epoch, self.lane, end + k, end + k + 1).tolist())
+        for i in chain(self.ids[place:], self.ids[:place], behind):
+            try:
+                files = self.held[i] if i in self.held else self.reader.read(i)
+                sample = i, *self.prepare(files, rng(self.order.seed, epoch, SAMPLE, i))
+                bad.update(reasons[:1])                         # the others are counted in their own places
+                return sample
+            except BadSample as error:
+                reasons.append(str(error))
+        raise ShardError(f"{len(reasons)} bad samples in a row, from sample {self.ids[place]} on: {dict(Counter(reasons))}")
+
+
+# ---- the loader ----
+
+class Batch(NamedTuple):
+    """A rank's share of a global batch: images uint8 [b, 3, S, S], tokens int64 [b, L] zero-padded, ids int64 [b] on the CPU,
+    bad {reason: how many samples were replaced}."""
+    images: torch.Tensor
+    tokens: torch.Tensor
+    ids: torch.Tensor
+    bad: dict
+
+
+class Loader:
+    """An iterable of Batch: what rank `rank` of `world_size` gets of the steps start_step..num_steps - 1, over all epoch borders.
+
+    order: an Order. image_size: pixels. context_length: tokens; L is the batch's longest caption, rounded up to a multiple of 8, and
+    at most this. crop_scale: (smallest, largest) share of the area. caption_key: as in load_index. workers: processes of this rank,
+    0 for none, lowered until they divide its lanes. device: where images and tokens go.
+    Raises ConfigError if the lanes cannot be dealt to the ranks; while iterating, ShardError."""
+
+    def __init__(self, order, image_size, context_length=77, crop_scale=(0.9, 1.0), caption_key="", rank=0, world_size=1,
+                 workers="auto", device="cpu", start_step=0, num_steps=0):
+        lanes, rest = divmod(order.lanes, world_size)
+        if rest:
+            fits = [d for d in range(world_size, order.batch_size + 1, world_size) if order.batch_size % d == 0]
+            raise ConfigError(f"lanes = {order.lanes} cannot be dealt to {world_size} ranks, {order.lanes} / {world_size} leaves {rest}: "
+                              + (f"lanes = {max([d for d in fits if d <= 512] or fits[:1])} would work" if fits else
+                                 f"make batch_size = {order.batch_size} a multiple of {world_size}"))
+        asked = default_workers() if workers == "auto" else workers
+        self.workers = max((w for w in range(1, asked + 1) if lanes % w == 0), default=0)
+        if self.workers != asked and rank == 0:
+            print(f"workers = {self.workers}, not {asked}: they must divide the {lanes} lanes of a rank", file=sys.stderr)
+        self.device, self.context_length, self.steps = torch.device(device), context_length, range(start_step, num_steps)
+        prepare = partial(training_sample, image_size=image_size, crop_scale=crop_scale, caption_key=caption_key)
+        self.shares = partial(shares, order, range(rank * lanes, (rank + 1) * lanes), self.steps, prepare, context_length)
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        shares = run_workers(self.shares, self.workers, self.device.type == "cuda")
+        for _ in self.steps:
+            images, tokens, ids, bad = zip(*islice(shares, max(1, self.workers)))       # the workers take turns
+            longest = 1 + max(int(x.argmax(1).max()) for x in tokens)                   # <end_of_text> is the largest id
+            length = min(-(-longest // 8) * 8, self.context_length)
+            images, tokens = (torch.cat([x.to(self.device, non_blocking=True) for x in xs]) for xs in (images, tokens))
+            yield Batch(images, tokens[:, :length].contiguous(), torch.cat(ids), dict(sum(map(Counter, bad), Counter())))
+
+
+def shares(order, lanes, steps, prepare, context_length, worker, workers):
+    """What one worker of a rank with these lanes does: yield, for every step, a Batch of its own lanes' samples."""
+    mine = len(lanes) // workers
+    lanes = [Lane(order, lane, prepare) for lane in lanes[worker * mine:(worker + 1) * mine]]
+    tokenize = Tokenizer(context_length)
+    for step in steps:
+        bad = Counter()
+        ids, images, texts = zip(*(sample for lane in lanes for sample in lane.take(step, bad)))
+        yield Batch(torch.stack(images), tokenize(texts), torch.tensor(ids), dict(bad))
+
+
+def default_workers():
+    """Up to 8, as far as the CPUs that this job may use go round among the ranks of this machine."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+class Stream(IterableDataset):
+    """generate(worker, workers), a generator function, as a DataLoader wants it."""
+
+    def __init__(self, generate):
+        self.generate = generate
+
+    def __iter__(self):
+        info = get_worker_info()
+        if info:
+            # A worker ends with the trainer, however that ends. But Slurm and Ctrl-C signal every process of a job, and a trainer
+            # that wants to finish its step needs its workers: SIGTERM gives it five more seconds.
+            threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else lambda *_: signal.alarm(5))
+        try:
+            yield from self.generate(info.id, info.num_workers) if info else self.generate(0, 1)
+        except ShardError as error:
+            yield str(error)                    # so that the trainer shows a line, not a worker's traceback
+
+
+def run_workers(generate, workers, pin_memory):
+    """Yield what generate(worker, workers) yields in each worker, in turn; each prepares up to 4 items ahead. Raises ShardError.
+
+    Workers are forked from a server, a fresh process that has imported torch and done nothing else: a fork of the trainer itself
+    would inherit the locks of its CUDA and gloo threads in any state, and spawned workers would each import torch."""
+    if workers:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchvision.io", "webdataset"])
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}       # which the server inherits
+        multiprocessing.forkserver.ensure_running()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for item in DataLoader(Stream(generate), batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
+                           prefetch_factor=4 if workers else None, multiprocessing_context="forkserver" if workers else None):
+        if isinstance(item, str):
+            raise ShardError(item)
+        yield item
+
+
+# ---- evaluation ----
+
+class EvaluationBatch(NamedTuple):
+    """images uint8 [n, 3, S, S]; captions: n lists of str; classes: n ints or None; positions in the set, int64 [n]; bad {reason:
+    how many samples were left out}. All on the CPU."""
+    images: torch.Tensor
+    captions: list
+    classes: list
+    positions: torch.Tensor
+    bad: dict
+
+
+def evaluation_shares(index, image_size, caption_key, batch_size, rank, world_size, worker, workers):
+    positions = range(rank + world_size * worker, index.num_samples, world_size * workers)
+    reader = Reader(index, positions.step)
+    for start in range(0, len(positions), batch_size):
+        bad, rows = Counter(), []
+        for position in positions[start:start + batch_size]:
+            try:
+                rows.append((*evaluation_sample(reader.read(position), image_size, caption_key), position))
+            except BadSample as error:
+                bad[str(error)] += 1
+        if rows:
+            images, texts, classes, ids = zip(*rows)
+            yield EvaluationBatch(torch.stack(images), list(texts), list(classes), torch.tensor(ids), dict(bad))
+
+
+def read_samples(patterns, image_size, caption_key="", batch_size=256, rank=0, world_size=1, workers="auto"):
+    """An evaluation set -> iterator over EvaluationBatch: this rank's samples rank, rank + world_size, ... each once, in no particular
+    order. The whole set has load_index(patterns, caption_key, evaluation=True).num_samples. Raises what load_index raises;
+    ShardError while iterating."""
+    index = load_index(patterns, caption_key, evaluation=True)
+    batches = math.ceil(index.num_samples / world_size / batch_size)
+    yield from run_workers(partial(evaluation_shares, index, image_size, caption_key, batch_size, rank, world_size),
+                           min(batches, default_workers() if workers == "auto" else workers), torch.cuda.is_available())
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="data.py", description="Count the usable samples of tar shards.")
+    parser.add_argument("command", choices=["index"])
+    parser.add_argument("patterns", nargs="+", help="'shards/{00000..00331}.tar', 'shards/*.tar' or 'pipe:CMD {00..99}.tar'")
+    parser.add_argument("--caption_key", default="", help="captions are this entry of KEY.json, not KEY.txt")
+    parser.add_argument("--evaluation", action="store_true", help="a sample may have KEY.cls instead of a caption")
+    parser.add_argument("--verify", action="store_true", help="decode every sample and print the bad ones")
+    parser.add_argument("--out", help="write this file instead of index.json beside the shards")
+    a = parser.parse_args(argv)
+    index = load_index(a.patterns, a.caption_key, a.evaluation, a.verify, a.out)
+    print(f"{index.num_samples:,} samples in {len(index.shards):,} shards")
+
+
+if __name__ == "__main__":
+    or_exit(main, sys.argv[1:])
