@@ -74,8 +74,10 @@ class Header(tarfile.TarInfo):
 
 def open_url(url):
     """A path, or pipe:COMMAND -> a stream of bytes."""
-    stream = gopen(url) if url.startswith("pipe:") else open(url, "rb")
-    stream.ignore_errors = True     # of a command: its failure shows in what it sent; one cut short dies of SIGPIPE
+    if not url.startswith("pipe:"):
+        return open(url, "rb")
+    stream = gopen(url)
+    stream.ignore_errors = True     # a command that fails shows in what it sends; one that is cut short dies of SIGPIPE
     return stream
 
 
@@ -143,7 +145,8 @@ def index_file(pattern, url):
     """index.json beside the first shard; for pipe:, and in a folder where one may not write, a file in ~/.cache/fastclip."""
     folder, is_pipe = os.path.dirname(os.path.abspath(url)), pattern.startswith("pipe:")
     beside = os.path.join(folder, "index.json")
-    if not is_pipe and (os.path.exists(beside) or os.access(folder, os.W_OK) and os.stat(folder).st_mode & 0o222):      # root may all
+    writable = not is_pipe and os.access(folder, os.W_OK) and os.stat(folder).st_mode & 0o222       # root may write anywhere
+    if writable or not is_pipe and os.path.exists(beside):
         return beside
     cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
     return os.path.join(cache, "fastclip", re.sub(r"\W+", "-", pattern if is_pipe else folder)[-200:] + ".json")
@@ -229,10 +232,10 @@ def count_samples(url, kinds, verify, caption_key):
 
 def count_in_statistics(url, kinds):
     """-> successes in img2dataset's statistics; 0 if there are none, or the shard's beginning and end do not look like its work."""
-    beside, is_pipe = "_stats.json".join(url.rsplit(".tar", 1)), url.startswith("pipe:")
+    (base, dot_tar, rest), is_pipe = url.rpartition(".tar"), url.startswith("pipe:")
     try:
-        with open_url(f"{beside} 2>/dev/null" if is_pipe else beside) as f:
-            count = json.loads(f.read())["successes"]
+        with open_url(f"{base}_stats.json{rest} 2>/dev/null" if is_pipe else f"{base}_stats.json") as f:
+            count = json.loads(f.read() if dot_tar else b"{}")["successes"]
         if not is_pipe:
             with open(url, "rb") as f:
                 f.seek(-1024, os.SEEK_END)                      # a tar ends with two empty blocks, one cut short does not
@@ -582,7 +585,7 @@ def read_samples(patterns, image_size, caption_key="", batch_size=256, rank=0, w
     index = load_index(patterns, caption_key, evaluation=True)
     batches = math.ceil(index.num_samples / world_size / batch_size)
     yield from run_workers(partial(evaluation_shares, index, image_size, caption_key, batch_size, rank, world_size),
-                           min(batches, default_workers() if workers == "auto" else workers), torch.cuda.is_available())
+                           min(batches, default_workers() if workers == "auto" else workers), torch.cuda.is_initialized())
 
 
 def main(argv):

@@ -21,6 +21,15 @@ TINY = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small work: threads that wait for each other cost three times what they bring, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
 def theirs(name):
     torch.manual_seed(1)
