@@ -21,6 +21,7 @@ import data
 import dist
 import model as models
 from config import ConfigError
+from shards import expand
 from tokenizer import Tokenizer
 
 CHUNK = 1024             # queries whose similarities to everything are held at once
@@ -90,7 +91,7 @@ def encode_texts(model, texts, c, device, autocast):
     features = []
     for start in range(0, len(share), c.eval_batch):
         tokens = tokenizer(share[start:start + c.eval_batch])
-        tokens = tokens[:, :max(1, int((tokens != 0).sum(1).max()))]
+        tokens = tokens[:, :1 + int(tokens.argmax(1).max())]             # <end_of_text> is the largest id
         with autocast():
             features.append(model.encode_text(tokens.to(device)).float().cpu())
     shares = dist.all_gather_objects(torch.cat(features) if features else None)
@@ -103,7 +104,7 @@ def encode_texts(model, texts, c, device, autocast):
 
 def class_list(c):
     """-> (class names, templates) from the files beside the first shard, or in the folder above; no names if there is no class list."""
-    shards = os.path.dirname(data.expand(c.eval_data)[0])
+    shards = os.path.dirname(expand(c.eval_data)[0])
     def lines(name):
         for folder in (shards, os.path.dirname(shards)):
             path = os.path.join(folder, name)

@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import ConfigError
+
 TEXT = dict(context_length=77, vocab_size=49408, text_width=512, text_heads=8, text_layers=12)
 MODELS = {
     "RN50": dict(embed_dim=1024, image_size=224, vision_layers=(3, 4, 6, 3), vision_width=64, vision_norm="batch", **TEXT),
@@ -169,7 +171,7 @@ class TimmTower(nn.Module):
         super().__init__()
         import timm                                         # here, because the towers above do without it
         if not timm.is_model(name):
-            raise ValueError(f"timm {timm.__version__} has no model {name!r}{nearest(name, timm.list_models())}")
+            raise ConfigError(f"timm {timm.__version__} has no model {name!r}{nearest(name, timm.list_models())}")
         self.trunk = timm.create_model(name, num_classes=0)
         self.image_size = image_size or self.trunk.default_cfg["input_size"][-1]
         if image_size and hasattr(self.trunk, "set_input_size"):                          # the others take any size
@@ -258,16 +260,16 @@ def create(name, tau_init=0.07, **overrides):
     Raises ValueError for an unknown name or number, naming the nearest, and for numbers that do not fit, with the arithmetic.
     """
     if name not in MODELS and not name.startswith("timm:"):
-        raise ValueError(f"unknown model {name!r}{nearest(name, MODELS)}; there are {', '.join(MODELS)} and timm:NAME")
+        raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS)}; there are {', '.join(MODELS)} and timm:NAME")
     n = dict(MODELS.get(name) or dict(embed_dim=512, image_size=None, **TEXT))
     for key, value in overrides.items():
         if key not in n:
-            raise ValueError(f"{name} has no number {key!r}{nearest(key, n)}; it has {', '.join(n)}")
+            raise ConfigError(f"{name} has no number {key!r}{nearest(key, n)}; it has {', '.join(n)}")
         stages = isinstance(n[key], tuple)
         values = value if stages and isinstance(value, (tuple, list)) else [value]
         if not (value in ("batch", "group") if key == "vision_norm" else
                 len(values) == (4 if stages else 1) and all(type(v) is int and v > 0 for v in values)):
-            raise ValueError(f"{name}: {key} = {value!r}; give a positive integer (vision_norm: 'batch' or 'group'; stages: four)")
+            raise ConfigError(f"{name}: {key} = {value!r}; give a positive integer (vision_norm: 'batch' or 'group'; stages: four)")
         n[key] = value
     if name not in MODELS:
         visual = TimmTower(name[len("timm:"):], n["image_size"], n["embed_dim"])
@@ -322,7 +324,7 @@ def frozen_batch_stats(module):
 
 def whole(a, b, rule):
     if a % b:
-        raise ValueError(f"{rule}, but {a} = {b} * {a // b} + {a % b}")
+        raise ConfigError(f"{rule}, but {a} = {b} * {a // b} + {a % b}")
     return a // b
 
 def nearest(word, words):

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+import model as models
 from loss import ALGORITHMS, TAU_MAX, TAU_MIN
 
 TAU_THRESHOLD = 0.03        # FastCLIP-v3: while tau is at or below it, its learning rate is a third
@@ -27,7 +28,7 @@ def create(model, config):
     if global_tau:
         groups.append(dict(name="tau", params=[model.logit_scale], weight_decay=0.0))
 
-    resnet = not hasattr(model.visual, "transformer")           # the paper's settings for each kind of tower
+    resnet = models.is_resnet(model)                            # the paper's settings for each kind of tower
     beta2 = config.beta2 or (0.99 if config.optimizer == "lion" else 0.999 if resnet else 0.98)
     eps = config.eps or (1e-8 if resnet else 1e-6)
     if config.optimizer == "adamw":

@@ -8,6 +8,7 @@ import data
 import loss
 import model as models
 from config import ConfigError
+from shards import load_index
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -17,7 +18,7 @@ def report(c):
     if c.train_samples:
         num_samples, source = c.train_samples, "train_samples in the config"
     elif c.train_data:
-        num_samples, source = data.load_index(c.train_data, c.caption_key).num_samples, "the index of the shards"
+        num_samples, source = load_index(c.train_data, c.caption_key).num_samples, "the index of the shards"
     else:
         raise ConfigError("plan needs the number of samples: give train_samples, or train_data that is at hand")
     steps_per_epoch = num_samples // c.batch_size

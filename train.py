@@ -9,9 +9,9 @@ import contextlib
 import os
 import sys
 
-# On CPUs that this process shares with its data workers, a thread that waits must not spin: it would hold a core that
-# the one it waits for needs. Read once, when torch is loaded; nothing of it matters on a GPU.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# On CPUs that this process shares with its data workers, a thread of torch that waits must not spin for long: it would hold
+# a core that the one it waits for needs. Read once, when torch is loaded; nothing of it matters on a GPU.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import torch
 
@@ -25,6 +25,7 @@ import optim
 import watch
 from config import ConfigError
 from loss import ContrastiveLoss
+from shards import load_index
 
 
 def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, steps_per_epoch, total_steps):
@@ -90,9 +91,9 @@ def main(argv):
                               (f" x micro_batch = {c.micro_batch}" if c.micro_batch else "") + f"; the nearest below is "
                               f"{c.batch_size - c.batch_size % (world_size * max(1, c.micro_batch))}")
         start_from = checkpoint.find(c)
-        index = first_rank_first(lambda: data.load_index(c.train_data, c.caption_key))
+        index = from_first_rank(load_index, c.train_data, c.caption_key)
         if c.eval_data:
-            first_rank_first(lambda: data.load_index(c.eval_data, c.caption_key, evaluation=True))
+            from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True)
         order = data.Order(index, c.batch_size, c.lanes, c.shuffle_block, c.seed)
         total_steps = min(x for x in (int(c.epochs * order.steps_per_epoch), c.max_steps) if x)
 
@@ -146,18 +147,18 @@ def main(argv):
     dist.shutdown()
 
 
-def first_rank_first(function):
-    """Call on rank 0, then on the others, which find its work done. An error on rank 0 reaches all ranks."""
-    failed = None
+def from_first_rank(function, *args, **options):
+    """Rank 0's result, or its ConfigError, on every rank: a set is indexed once, not by each of a hundred ranks."""
+    result = None
     if dist.rank() == 0:
         try:
-            result = function()
+            result = function(*args, **options)
         except ConfigError as error:
-            failed = error
-    failed = dist.all_gather_objects(failed)[0]
-    if failed:
-        raise failed
-    return result if dist.rank() == 0 else function()
+            result = error
+    result = dist.all_gather_objects(result)[0]
+    if isinstance(result, ConfigError):
+        raise result
+    return result
 
 
 def precision(c, device):

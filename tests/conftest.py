@@ -1,4 +1,4 @@
-"""Puts the project's flat files on the path, keeps tests off the GPU's nondeterminism, and gives them few threads."""
+"""Puts the project's flat files and the tests' helpers on the path, for this process and those that tests start."""
 
 import os
 import sys

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import shards as tars
 from config import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchVision are:DeprecationWarning")
@@ -100,7 +101,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("batch_size, lanes, block", [(16, 8, 5), (16, 16, 1), (16, 1, 1000), (12, 4, 7), (120, 40, 2), (24, "auto", "auto"), (7, 7, 3)])
 def test_every_sample_once_per_epoch(batch_size, lanes, block):
-    index = data.Index([str(i) for i in range(6)], np.array([23, 17, 0, 40, 9, 31]), ("txt",))
+    index = tars.Index([str(i) for i in range(6)], np.array([23, 17, 0, 40, 9, 31]), ("txt",))
     order = data.Order(index, batch_size, lanes, block, seed=1)
     epochs = [np.concatenate([data.batch_ids(order, e * order.steps_per_epoch + s) for s in range(order.steps_per_epoch)]) for e in range(4)]
     for ids in epochs:
@@ -115,12 +116,12 @@ def test_every_sample_once_per_epoch(batch_size, lanes, block):
 
 def test_order_is_the_same_tomorrow():
     """Written down: a checkpoint resumes only if this never changes."""
-    order = data.Order(data.Index(["a", "b"], np.array([20, 30]), ("txt",)), 10, 5, 4, seed=2024)
+    order = data.Order(tars.Index(["a", "b"], np.array([20, 30]), ("txt",)), 10, 5, 4, seed=2024)
     assert data.batch_ids(order, 7).tolist() == [8, 13, 19, 20, 28, 31, 40, 42, 2, 49]
 
 
 def test_blocks_begin_at_different_steps():
-    order = data.Order(data.Index(["a"], np.array([64 * 1000]), ("txt",)), 64, 64, 100)
+    order = data.Order(tars.Index(["a"], np.array([64 * 1000]), ("txt",)), 64, 64, 100)
     loads = [sum(start == first for lane in range(64) for _, start, _, first, _ in order.parts(step, lane)) for step in range(1, 300)]
     assert max(loads) <= 2
 
@@ -189,7 +190,7 @@ def test_several_sources_and_pipes(shards, tmp_path, expected):
 
 def test_a_command_cut_off_is_tried_again(shards, tmp_path, expected):
     (tmp_path / "flaky.sh").write_text('if mkdir "$0.$(basename $1)" 2>/dev/null; then head -c 9999 "$1"; exit 1; fi; cat "$1"')
-    index = data.load_index(shards)._replace(shards=data.expand(f"pipe:sh {tmp_path}/flaky.sh {shards}"))
+    index = data.load_index(shards)._replace(shards=tars.expand(f"pipe:sh {tmp_path}/flaky.sh {shards}"))
     assert same(load(data.Order(index, 16, 8, 5, 3), 0, 10), expected[1])
 
 
@@ -334,7 +335,7 @@ def test_json_without_the_key(tmp_path):
 def test_shard_that_got_shorter(tmp_path, workers):
     pattern = write_shards(tmp_path, (20, 20))
     order = order_of(pattern, 8, 4, 3)
-    path = data.expand(pattern)[1]
+    path = tars.expand(pattern)[1]
     with tarfile.open(path) as tar:
         cut = tar.getmember("00032.txt").offset_data
     os.truncate(path, cut)
@@ -362,8 +363,8 @@ def test_error_in_a_worker_arrives(tmp_path):
 # ---- the index ----
 
 def test_index_is_read_again_and_follows_changes(tmp_path, monkeypatch):
-    pattern, counted, count = write_shards(tmp_path / "a", (3, 4, 5)), [], data.count_samples
-    monkeypatch.setattr(data, "count_samples", lambda url, **k: counted.append(os.path.basename(url)) or count(url, **k))
+    pattern, counted, count = write_shards(tmp_path / "a", (3, 4, 5)), [], tars.count_samples
+    monkeypatch.setattr(tars, "count_samples", lambda url, **k: counted.append(os.path.basename(url)) or count(url, **k))
     assert data.load_index(pattern).counts.tolist() == [3, 4, 5] and len(counted) == 3
     stored = json.load(open(tmp_path / "a" / "index.json"))["shards"]
     assert stored["00001.tar"] == {"size": os.path.getsize(tmp_path / "a" / "00001.tar"), "txt": 4} and len(os.listdir(tmp_path / "a")) == 4
@@ -413,7 +414,7 @@ def test_what_is_a_sample(tmp_path):
              ("._2.jpg", b""), ("2.seg.png", b""), ("2.jpg", picture(3, "jpg")), ("._2.txt", b""), ("2.txt", b"three"), ("3.jpg", b""), ("4.txt", b"")]
     index = data.load_index(write_tar(tmp_path / "x.tar", files))
     assert index.counts.tolist() == [3]
-    assert [key for key, _ in data.usable_samples(index.shards[0], ("txt",), range(0))] == ["a/1", "b/1", "2"]
+    assert [key for key, _ in tars.usable_samples(index.shards[0], ("txt",), range(0))] == ["a/1", "b/1", "2"]
 
 
 def test_errors_of_the_index(tmp_path):

@@ -79,6 +79,6 @@ def test_groups():
     assert groups["decay"]["weight_decay"] == 0.1 and [p.ndim for p in groups["decay"]["params"]] == [2]
     assert groups["no_decay"]["weight_decay"] == 0 and [p.ndim for p in groups["no_decay"]["params"]] == [1]
     assert groups["tau"]["params"][0] is model.logit_scale and groups["tau"]["weight_decay"] == 0
-    assert groups["decay"]["betas"] == (0.9, 0.999) and groups["decay"]["eps"] == 1e-8
+    assert groups["decay"]["betas"] == (0.9, 0.98) and groups["decay"]["eps"] == 1e-6
     for name in ("fastclip-v1", "fastclip-v2", "sogclr", "isogclr"):             # tau constant, or kept per sample
         assert [g["name"] for g in optim.create(Toy(), Config(algorithm=name)).param_groups] == ["decay", "no_decay"]
