@@ -78,8 +78,7 @@ def main(argv):
         import plan
         return print(plan.report(c))
     device = dist.init(c.device, c.timeout)
-    watchdog = dist.Watchdog(c.timeout)
-    step = None
+    step = watchdog = None
     try:
         # What can be refused is refused here, before anything is trained.
         if not c.train_data:
@@ -108,6 +107,7 @@ def main(argv):
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         step = checkpoint.load(start_from, model, optimizer, loss, scaler, c) if start_from else 0
         dist.check_same_weights(model)
+        model.set_grad_checkpointing(c.grad_checkpointing)
         if c.compile is True or (c.compile == "auto" and device.type == "cuda"):
             model.compile_blocks()
         reducer = dist.GradReducer([p for p in model.parameters() if p is not model.logit_scale], c.bucket_mb,
@@ -118,6 +118,7 @@ def main(argv):
         log = watch.Log(c, order, total_steps, step, model, dtype, device)
 
         # The loop.
+        watchdog = dist.Watchdog(c.timeout)
         model.train()
         for batch in loader:
             log.data_is_ready()
@@ -143,7 +144,8 @@ def main(argv):
         print(f"error: rank {dist.rank()}, {'start-up' if step is None else f'step {step + 1}'}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise
     finally:
-        watchdog.stop()
+        if watchdog:
+            watchdog.stop()
     dist.shutdown()
 
 

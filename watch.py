@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -41,10 +42,10 @@ class Log:
             self.file = open(os.path.join(c.out_dir, "metrics.jsonl"), "a", buffering=1)
             self.bar = tqdm(total=total_steps, initial=step, disable=not sys.stderr.isatty(), dynamic_ncols=True, unit="step")
             if c.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+                SummaryWriter = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
                 self.board = SummaryWriter(c.out_dir)
             if c.wandb:
-                import wandb
+                wandb = optional("wandb", "wandb")
                 self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out_dir), dir=c.out_dir)
         self.start = self.since = self.asked = time.monotonic()
         self.start_step, self.printed = step, -math.inf
@@ -119,6 +120,14 @@ class Log:
             self.file.close()
             path = plot([self.c.out_dir], os.path.join(self.c.out_dir, "curves.png"))
             print(f"done in {duration(time.monotonic() - self.start)}; curves: {path}", flush=True)
+
+
+def optional(module, package):
+    """Import what only some runs need; ConfigError with the remedy if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise configs.ConfigError(f"--{package} needs the package {package}: pip install {package} ({error})") from error
 
 
 def drop_rows_after(path, step):
