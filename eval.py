@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +154,7 @@ def draw(path, queries, best, pixels, right):
     figure, axes = plt.subplots(len(queries), 1 + len(best[0]), figsize=(2.6 + 1.3 * len(best[0]), 1.35 * len(queries)), squeeze=False,
                                 width_ratios=[2.2] + [1] * len(best[0]), layout="constrained")
     for row, query, positions, hits in zip(axes, queries, best, right):
-        row[0].text(0, 0.5, query if len(query) < 60 else query[:57] + "...", va="center", fontsize=10, wrap=True)
+        row[0].text(0.95, 0.5, textwrap.fill(query, 32, max_lines=4, placeholder=" ..."), va="center", ha="right", fontsize=10)
         row[0].axis("off")
         for axis, position, hit in zip(row[1:], positions, hits):
             axis.imshow(pixels[position].permute(1, 2, 0).numpy())

@@ -19,6 +19,7 @@ import dist
 import loss
 import model as models
 
+NOISY = ("objective", "mbcl", "samples_per_second")
 MOST_BAD = 0.01          # of all samples; more bad ones than this, and the data need a look before more is spent on them
 
 
@@ -181,15 +182,16 @@ def plot(folders, out):
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (key, title) in zip(axes.flat, panels):
         for name, rows in runs.items():
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                x, y = zip(*points)
-                marker = "o" if key.startswith("eval/") else None
-                axis.plot(x, y, alpha=0.25 if marker is None and len(x) > 50 else 1, marker=marker, label=None if len(x) > 50 else name)
-                if len(x) > 50:          # a faint line of what was measured, a firm one of its running mean
-                    width = max(2, len(x) // 40)
-                    mean = [sum(y[max(0, i - width):i + 1]) / len(y[max(0, i - width):i + 1]) for i in range(len(y))]
-                    axis.plot(x, mean, color=axis.lines[-1].get_color(), label=name)
+            x, y = zip(*([(row["step"], row[key]) for row in rows if key in row] or [((), ())]))
+            if key in NOISY and len(x) > 50:     # a faint line of what was measured, a firm one of its running mean
+                line, = axis.plot(x, y, alpha=0.25)
+                width = len(x) // 50
+                parts = [y[max(0, i - width):i + width + 1] for i in range(len(y))]
+                axis.plot(x, [sum(part) / len(part) for part in parts], color=line.get_color(), label=name)
+            else:
+                axis.plot(x, y, marker="o" if key.startswith("eval/") else None, label=name)
+        if key.startswith("eval/"):
+            axis.set_ylim(bottom=0)
         axis.set(title=title, xlabel="step", ylabel=key.removeprefix("eval/"))
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
