@@ -86,7 +86,8 @@ class ContrastiveLoss:
 
     equations: "paper" is the gradient of the objectives above. "release" is what the published code computes: the tau-part of
     the temperature gradient of v0 and v3 is doubled (kappa = 1, not 1/2); RGCL's weights lack the factor tau_i; v3 takes log u
-    without eps; Adam for per-sample tau has beta = 0 in epoch 0 and corrects its bias by epoch, not by visits.
+    without eps; Adam for per-sample tau has beta = 0 in epoch 0 and corrects its bias by epoch, not by visits. (One thing is not
+    reproduced: with per-sample tau that code adds eps to u / exp(m_i), m_i the largest exponent that sample i has ever met.)
 
     num_samples: N, ids run from 0 to N-1. dtype: of state and arithmetic, float32 (or float64 to check it).
     Raises ValueError for an unknown algorithm or an id outside [0, N).
