@@ -82,6 +82,8 @@ def lr_tau_schedule(config):
 def gamma(config, step, steps_per_epoch, total_steps):
     """Inner learning rate of the moving average u: constant gamma_min, or a cosine from 1 to gamma_min over
     gamma_decay_epochs, by whole epochs or (gamma_smooth) by steps; the paper's section 5, "inner LR schedule"."""
+    if not ALGORITHMS[config.algorithm].state:
+        return 1.0
     schedule = ALGORITHMS[config.algorithm].gamma if config.gamma_schedule == "auto" else config.gamma_schedule
     if schedule == "constant":
         return config.gamma_min
