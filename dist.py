@@ -54,7 +54,9 @@ def init(device="auto", timeout=600.0):
 
 
 def shutdown():
-    if c10d.is_initialized():
+    """Leave the group together: nobody goes while another still waits for it."""
+    barrier()
+    if c10d.is_initialized() and torch.cuda.is_available():     # gloo needs no farewell; torch 2.6's was seen to hang in one
         c10d.destroy_process_group()
 
 
