@@ -5,6 +5,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
+.DELETE_ON_ERROR:
 .PHONY: quickstart test clean
 
 quickstart: .venv/data

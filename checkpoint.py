@@ -11,6 +11,7 @@ hold tensors and plain Python types only and are read with weights_only=True, wh
 
 import dataclasses
 import os
+import re
 import shutil
 
 import torch
@@ -23,8 +24,6 @@ def save(out_dir, step, model, optimizer, loss, scaler, config, keep):
     """Write checkpoint `step` (all ranks call this, out_dir is shared between them) -> its path; older ones beyond `keep` go."""
     root = os.path.join(out_dir, "checkpoints")
     final = os.path.join(root, f"step-{step:08d}")
-    if os.path.isdir(final):                                # this very step was saved by the run that is being continued
-        return final
     partial = final + ".partial"
     if dist.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -41,14 +40,15 @@ def save(out_dir, step, model, optimizer, loss, scaler, config, keep):
             "rng": torch.get_rng_state(), "config": dataclasses.asdict(config)})
     dist.barrier()                                          # every rank's file is on the disk
     if dist.rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)            # of an earlier run that was continued from before this step
         os.rename(partial, final)
         with open(os.path.join(root, "latest.partial"), "w") as f:
             f.write(os.path.basename(final))
             flush(f)
         os.replace(os.path.join(root, "latest.partial"), os.path.join(root, "latest"))
         flush_folder(root)
-        done = sorted(d for d in os.listdir(root) if d.startswith("step-") and not d.endswith(".partial"))
-        for old in done[:-keep]:
+        older = sorted(d for d in os.listdir(root) if re.fullmatch(r"step-\d{8}", d) and d < os.path.basename(final))
+        for old in older[:max(0, len(older) + 1 - keep)]:
             shutil.rmtree(os.path.join(root, old), ignore_errors=True)
     dist.barrier()
     return final
@@ -127,8 +127,12 @@ def load(path, model, optimizer, loss, scaler, config):
     for key in ("algorithm", "optimizer", "batch_size", "seed", "lanes", "shuffle_block"):
         if there[key] != getattr(config, key):
             raise ConfigError(f"{path} was trained with {key} = {there[key]!r}, this run has {getattr(config, key)!r}; a continued run cannot change it")
+    fresh = [{k: v for k, v in group.items() if k in ("weight_decay", "betas", "eps", "momentum")} for group in optimizer.param_groups]
     optimizer.load_state_dict(train["optimizer"])
-    scaler.load_state_dict(train["scaler"])
+    for group, settings in zip(optimizer.param_groups, fresh):
+        group.update(settings)                              # the moments are the checkpoint's, the settings this run's
+    if train["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(train["scaler"])
     torch.set_rng_state(train["rng"])
     state, K = loss.state, train["world_size"]
     for r in range(K) if K != dist.world_size() else [dist.rank()]:     # id i was saved by rank i mod K, in row i // K

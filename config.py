@@ -229,7 +229,7 @@ def check(c):
            f"lanes = {c.lanes} does not divide batch_size = {c.batch_size}: each step takes batch_size/lanes samples from every lane")
     refuse(isinstance(c.vision_layers, (int, type(None))) or len(c.vision_layers) == 4,
            f"vision_layers = {c.vision_layers}: a ResNet has four stages")
-    refuse(c.device == "auto" or c.device.split(":")[0] in ("cuda", "cpu"), f"device = {c.device!r} must be auto, cuda or cpu")
+    refuse(c.device in ("auto", "cuda", "cpu"), f"device = {c.device!r} must be auto, cuda or cpu; choose among GPUs with CUDA_VISIBLE_DEVICES")
     for key in ("train_data", "eval_data"):
         refuse(all(isinstance(p, str) for p in getattr(c, key)), f"{key} must hold strings, got {getattr(c, key)}")
 
@@ -248,7 +248,7 @@ def help_table():
 
 
 def or_exit(function, *args):
-    """Call, and turn a ConfigError (or any ValueError with a message for people) into one line on stderr and exit status 1."""
+    """Call, and turn a ConfigError into one line on stderr and exit status 1."""
     try:
         return function(*args)
     except ConfigError as error:

@@ -4,6 +4,7 @@ Without torchrun there is one process and every collective is the identity. No c
 loss.py hands out feature gradients explicitly, so all that is sent in a step stands in this file to be read.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import os
@@ -20,6 +21,20 @@ from config import ConfigError
 # Bytes that this rank has sent, by purpose ("features", "gradients", ...), counted where they are sent, for the usual ring
 # algorithms: an all-gather sends (K-1) times the local part, an all-reduce 2(K-1)/K times the tensor.
 traffic = Counter()
+
+
+def precision(name, device):
+    """config.precision -> the dtype in which the towers compute on `device`. ConfigError where that cannot be."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError("precision = 'fp16' needs a GPU; on the CPU use fp32 or bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(dtype, device):
+    """-> a function that makes the context in which the towers run."""
+    return contextlib.nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
 
 
 def rank():

@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import textwrap
+from collections import Counter
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ import data
 import dist
 import model as models
 from config import ConfigError
-from shards import expand
+from shards import expand, usable_samples
 from tokenizer import Tokenizer
 
 CHUNK = 1024             # queries whose similarities to everything are held at once
@@ -36,12 +38,14 @@ def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False):
     classes and captions, or whose class numbers and class list do not go together.
     """
     model.eval()
-    images, captions, classes = encode_images(model, c, device, autocast)
+    images, captions, classes, positions, bad = encode_images(model, c, device, autocast)
+    if bad and dist.rank() == 0:
+        print(f"left out of {c.eval_data[0]}: {bad}", flush=True)
     encode = lambda texts: encode_texts(model, texts, c, device, autocast)
     results, queries = {}, None
     names, templates = class_list(c)
-    if names and classes[0] is not None:
-        if max(classes) >= len(names) or min(classes) < 0:
+    if names and all(label is not None for label in classes):
+        if max(classes) >= len(names):
             raise ConfigError(f"class {max(classes)} in {c.eval_data[0]}, but classnames.txt has {len(names)} lines: it belongs to another set")
         prompts = encode([template.replace("{c}", name) for name in names for template in templates])
         prompts = F.normalize(prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)     # (classes, d)
@@ -59,26 +63,42 @@ def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False):
     if picture:
         pick = torch.randperm(len(queries[0]), generator=torch.Generator().manual_seed(c.seed))[:8].tolist()
         best = (queries[1][pick] @ images.T).topk(min(5, len(images)), 1).indices.tolist()
-        pixels = fetch(c, model.image_size, {i for row in best for i in row})
+        pixels = fetch(c, model.image_size, {positions[i] for row in best for i in row})
         if dist.rank() == 0:
             os.makedirs(c.out_dir, exist_ok=True)
             with open(os.path.join(c.out_dir, "eval.json"), "w") as f:
-                json.dump({"eval_data": list(c.eval_data), "images": len(images), "texts": len(queries[0]), **results}, f, indent=1)
-            draw(os.path.join(c.out_dir, "retrieval.png"), [queries[0][i] for i in pick], best, pixels,
+                json.dump({"eval_data": list(c.eval_data), "images": len(images), "texts": len(queries[0]), "left_out": bad, **results}, f, indent=1)
+            draw(os.path.join(c.out_dir, "retrieval.png"), [queries[0][i] for i in pick],
+                 [[pixels[positions[i]] for i in row] for row in best],
                  [[i in queries[2][j] for j in row] for i, row in zip(pick, best)])
     return results
 
 
 def encode_images(model, c, device, autocast):
-    """-> features [n, d] of the whole set in its order, captions (list of n lists), classes (list of n, or None each)."""
-    mine = []
+    """-> features [n, d] of the whole set in its order, captions (n lists), classes (n, or None each), positions in the set (n;
+    bad samples are left out), {reason: how many were}. ConfigError if none is left."""
+    mine, bad = [], Counter()
     for batch in samples(c, model.image_size):
         with autocast():
             features = model.encode_image(batch.images.to(device, non_blocking=True))
-        mine += zip(batch.positions.tolist(), features.float().cpu(), batch.captions, batch.classes)
-    everyone = sorted((row for rows in dist.all_gather_objects(mine) for row in rows), key=lambda row: row[0])
-    _, features, captions, classes = zip(*everyone)
-    return torch.stack(features).to(device), captions, classes
+        mine.append((features.float().cpu(), batch.positions.tolist(), batch.captions, batch.classes))
+        bad.update(batch.bad)
+    everyone = [part for parts in dist.all_gather_objects(mine) for part in parts]
+    bad = dict(sum(dist.all_gather_objects(bad), Counter()))
+    if not everyone:
+        raise ConfigError(f"no sample of {c.eval_data[0]} can be used: {bad}")
+    features = torch.cat([part[0] for part in everyone])
+    rows = [(*row, i) for i, row in enumerate(chain.from_iterable(zip(*part[1:]) for part in everyone))]
+    positions, captions, classes, order = zip(*sorted(rows, key=lambda row: row[0]))
+    return features[list(order)].to(device), captions, classes, positions, bad
+
+
+def check(c):
+    """ConfigError, from the first sample of c.eval_data, if evaluate would find nothing there to evaluate: asked before a run."""
+    kinds = ("json" if c.caption_key else "txt", "cls")
+    _, files = next(usable_samples(expand(c.eval_data)[0], kinds, range(1)))
+    if kinds[0] not in files and not class_list(c)[0]:
+        raise ConfigError(f"{c.eval_data[0]} has classes (KEY.cls), but there is no classnames.txt beside it or in the folder above")
 
 
 def samples(c, image_size):
@@ -142,22 +162,22 @@ def fetch(c, image_size, wanted):
     """The images at the positions `wanted` -> {position: uint8 [3, S, S]}: read again, so that no run holds a whole set."""
     mine = {}
     for batch in samples(c, image_size):
-        mine.update((i, image) for i, image in zip(batch.positions.tolist(), batch.images) if i in wanted)
+        mine.update((i, image.clone()) for i, image in zip(batch.positions.tolist(), batch.images) if i in wanted)
     return {i: image for part in dist.all_gather_objects(mine) for i, image in part.items()}
 
 
-def draw(path, queries, best, pixels, right):
-    """A row per query: its text, then its nearest images, framed green where they are right."""
+def draw(path, queries, images, right):
+    """A row per query: its text, then its nearest images (uint8 [3, S, S]), framed green where they are right."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(queries), 1 + len(best[0]), figsize=(2.6 + 1.3 * len(best[0]), 1.35 * len(queries)), squeeze=False,
-                                width_ratios=[2.2] + [1] * len(best[0]), layout="constrained")
-    for row, query, positions, hits in zip(axes, queries, best, right):
+    figure, axes = plt.subplots(len(queries), 1 + len(images[0]), figsize=(2.6 + 1.3 * len(images[0]), 1.35 * len(queries)), squeeze=False,
+                                width_ratios=[2.2] + [1] * len(images[0]), layout="constrained")
+    for row, query, nearest, hits in zip(axes, queries, images, right):
         row[0].text(0.95, 0.5, textwrap.fill(query, 32, max_lines=4, placeholder=" ..."), va="center", ha="right", fontsize=10)
         row[0].axis("off")
-        for axis, position, hit in zip(row[1:], positions, hits):
-            axis.imshow(pixels[position].permute(1, 2, 0).numpy())
+        for axis, image, hit in zip(row[1:], nearest, hits):
+            axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color="#2a9d3a" if hit else "#cccccc", linewidth=4 if hit else 1)
@@ -176,13 +196,13 @@ def main(argv):
     if os.path.exists(os.path.join(folder, "checkpoints", "latest")):
         folder = checkpoint.find(configs.Config(out_dir=folder, resume="auto"))
     saved = checkpoint.read(os.path.join(folder, "train.pt"))["config"]
-    c = configs.load([f"--{key}={value!r}" for key, value in saved.items() if key in configs.HINTS] + argv[1:])
+    c = configs.load([f"--{key}={value!r}" for key, value in saved.items() if key in configs.HINTS] + [f"--out_dir={argv[0]}"] + argv[1:])
     if not c.eval_data:
         raise ConfigError("eval_data is empty: name the shards, for example --eval_data='data/emoji/test/*.tar'")
     device = dist.init(c.device, c.timeout)
     model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
     checkpoint.load_model(folder, model, c)
-    results = evaluate(model, c, device, picture=True)
+    results = evaluate(model, c, device, dist.autocast(dist.precision(c.precision, device), device), picture=True)
     if dist.rank() == 0:
         print(f"{folder} on {' '.join(c.eval_data)}\n{table(results)}\n  {c.out_dir}/eval.json, {c.out_dir}/retrieval.png")
     dist.shutdown()

@@ -37,7 +37,7 @@ def create(model, config):
         return torch.optim.SGD(groups, config.lr, momentum=config.beta1)
     import timm.optim
     if config.optimizer == "lamb":
-        return timm.optim.Lamb(groups, config.lr, betas=(config.beta1, beta2), eps=eps)
+        return timm.optim.Lamb(groups, config.lr, betas=(config.beta1, beta2), eps=eps, max_grad_norm=None)
     return timm.optim.Lion(groups, config.lr, betas=(config.beta1, beta2))
 
 

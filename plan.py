@@ -24,7 +24,7 @@ def report(c):
     steps_per_epoch = num_samples // c.batch_size
     if not steps_per_epoch:
         raise ConfigError(f"{num_samples} samples do not fill one global batch of {c.batch_size}: lower batch_size")
-    total = min(x for x in (int(c.epochs * steps_per_epoch), c.max_steps) if x)
+    total = min(max(1, int(c.epochs * steps_per_epoch)), c.max_steps or 2 ** 62)
     with torch.device("meta"):
         model = models.create(c.model, c.tau_init, **c.model_numbers())
     parameters = models.num_parameters(model)

@@ -5,7 +5,6 @@
     python train.py configs/laion315m_v3.py --plan=True                     what it would do
 """
 
-import contextlib
 import os
 import sys
 
@@ -29,7 +28,7 @@ from shards import load_index
 
 
 def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, steps_per_epoch, total_steps):
-    """One iteration of Algorithm 1 on this rank's share of the global batch -> LossOutput, features' finiteness."""
+    """One iteration of Algorithm 1 on this rank's share of the global batch -> LossOutput."""
     gamma = optim.gamma(c, step, steps_per_epoch, total_steps)
     optim.set_lr(optimizer, c, step, total_steps)
     reducer.zero()
@@ -87,18 +86,18 @@ def main(argv):
         b, rest = divmod(c.batch_size, world_size)
         if rest or (c.micro_batch and b % c.micro_batch):
             raise ConfigError(f"batch_size = {c.batch_size} must be a multiple of {world_size} ranks" +
-                              (f" x micro_batch = {c.micro_batch}" if c.micro_batch else "") + f"; the nearest below is "
-                              f"{c.batch_size - c.batch_size % (world_size * max(1, c.micro_batch))}")
+                              (f" x micro_batch = {c.micro_batch}" if c.micro_batch else "") + f", {world_size * max(1, c.micro_batch)}")
         start_from = checkpoint.find(c)
         index = from_first_rank(load_index, c.train_data, c.caption_key)
         if c.eval_data:
             from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True)
+            from_first_rank(evaluation.check, c)
         order = data.Order(index, c.batch_size, c.lanes, c.shuffle_block, c.seed)
-        total_steps = min(x for x in (int(c.epochs * order.steps_per_epoch), c.max_steps) if x)
+        total_steps = min(max(1, int(c.epochs * order.steps_per_epoch)), c.max_steps or 2 ** 62)
 
         torch.manual_seed(c.seed)
         model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
-        dtype = precision(c, device)
+        dtype = dist.precision(c.precision, device)
         if device.type == "cuda" and models.is_resnet(model):
             model.to(memory_format=torch.channels_last)
         dist.broadcast_weights(model)
@@ -112,7 +111,7 @@ def main(argv):
             model.compile_blocks()
         reducer = dist.GradReducer([p for p in model.parameters() if p is not model.logit_scale], c.bucket_mb,
                                    torch.bfloat16 if c.grad_wire == "bf16" else torch.float32)
-        autocast = (lambda: torch.autocast(device.type, dtype)) if dtype != torch.float32 else contextlib.nullcontext
+        autocast = dist.autocast(dtype, device)
         loader = data.Loader(order, model.image_size, model.context_length, c.crop_scale, c.caption_key, dist.rank(), world_size,
                              c.workers, device, start_step=step, num_steps=total_steps)
         log = watch.Log(c, order, total_steps, step, model, dtype, device)
@@ -130,6 +129,7 @@ def main(argv):
             log.step(step, batch, out, optim.gamma(c, step - 1, order.steps_per_epoch, total_steps), optimizer, flush=save)
             if save:
                 checkpoint.save(c.out_dir, step, model, optimizer, loss, scaler, c, c.keep)
+                log.restart_clock()
                 watchdog.beat(f"saving step {step}")
             if c.eval_data and (last or (c.eval_steps and step % c.eval_steps == 0)):
                 dist.average_batchnorm(model)
@@ -161,15 +161,6 @@ def from_first_rank(function, *args, **options):
     if isinstance(result, ConfigError):
         raise result
     return result
-
-
-def precision(c, device):
-    """config.precision -> the dtype in which the towers compute."""
-    if c.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    if c.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("precision = 'fp16' needs a GPU; on the CPU use fp32 or bf16")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[c.precision]
 
 
 if __name__ == "__main__":

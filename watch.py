@@ -103,6 +103,10 @@ class Log:
         self.write({"step": step, **{f"eval/{key}": value for key, value in results.items()}})
         if dist.rank() == 0:
             tqdm.write(f"step {step}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))
+        self.restart_clock()
+
+    def restart_clock(self):
+        """What was done since the last report, saving or evaluating, is neither training nor waiting for data."""
         self.asked = self.since = time.monotonic()
 
     def write(self, row):
@@ -119,6 +123,8 @@ class Log:
         if dist.rank() == 0:
             self.bar.close()
             self.file.close()
+            if self.board:
+                self.board.close()
             path = plot([self.c.out_dir], os.path.join(self.c.out_dir, "curves.png"))
             print(f"done in {duration(time.monotonic() - self.start)}; curves: {path}", flush=True)
 
@@ -178,7 +184,7 @@ def plot(folders, out):
     panels = [("eval/zeroshot_top1" if "eval/zeroshot_top1" in evals else evals[0], "unseen data")] if evals else []
     panels += [("objective", "the algorithm's own objective"), ("mbcl", f"in-batch contrastive loss at tau = {loss.TAU_REFERENCE}"),
                ("tau", "temperature"), ("gamma", "inner learning rate gamma"), ("lr", "learning rate")]
-    panels = panels[:6] if len(panels) > 5 else panels + [("samples_per_second", "speed")]
+    panels += [("samples_per_second", "speed")][:6 - len(panels)]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (key, title) in zip(axes.flat, panels):
         for name, rows in runs.items():

@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 import torch
+from torchvision.io import encode_png
 
 import config
 import dist
@@ -228,3 +229,32 @@ def test_the_planned_bytes_are_those_that_are_sent(columns):
     import plan
     planned = {name: count(2) for name, count in plan.traffic(16, 6, columns, 0).items() if name != "gradients"}
     assert run_ranks(2, traffic_of_a_step, columns)[0] == planned
+
+
+def test_evaluation_leaves_out_what_is_bad_and_wants_a_class_list(tmp_path, sets):
+    os.makedirs(tmp_path / "test")
+    generator = torch.Generator().manual_seed(5)
+    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
+        for n in range(30):
+            png = encode_png(shapes.picture(shapes.CLASSES[n % 24], generator)).numpy().tobytes()
+            shapes.add(tar, f"{n:03d}.png", b"no picture" if n == 3 else png)
+            shapes.add(tar, f"{n:03d}.cls", str(n % 24).encode())
+    base = dict(out_dir=str(tmp_path / "run"), train_data=sets["train_data"], eval_data=str(tmp_path / "test" / "0.tar"))
+    refused("no classnames.txt", **base)
+    (tmp_path / "classnames.txt").write_text("\n".join(shapes.CLASSES) + "\n")           # in the folder above will do
+    rows = train(base["out_dir"], sets, max_steps=2, eval_data=base["eval_data"])
+    assert "eval/zeroshot_top1" in rows[-1]
+    results = json.load(open(tmp_path / "run" / "eval.json"))
+    assert results["left_out"] == {"corrupt image": 1} and results["images"] == 29
+    assert os.path.getsize(tmp_path / "run" / "retrieval.png") > 1000
+
+
+def test_a_step_saved_again_replaces_the_old_one(tmp_path, sets):
+    out = str(tmp_path / "run")
+    train(out, sets, max_steps=6, save_steps=2, keep=1)
+    assert sorted(os.listdir(os.path.join(out, "checkpoints"))) == ["latest", "step-00000006"]
+    before = weights(out)[0]
+    train(out + "2", sets, max_steps=4, save_steps=2, keep=9)
+    train(out, sets, max_steps=6, resume=out + "2/checkpoints/step-00000002", lr=1e-4, keep=1)
+    after = weights(out)[0]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
