@@ -14,7 +14,7 @@ quickstart: .venv/data
 	$(RUN) eval.py runs/quickstart
 	@echo "  curves: runs/quickstart/curves.png"
 
-test: .venv/test
+test: .venv/data .venv/test
 	$(RUN) -m pytest -q tests
 
 clean:
