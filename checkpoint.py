@@ -1,67 +1,207 @@
 """Checkpoints: a folder per step, complete or absent, never half there.
 
     out_dir/checkpoints/step-00001200/model.pt                   {"state_dict": ...}, loads in open_clip as it is
-                                      train.pt                   optimizer, step, scaler, random state, resolved config
+                                      train.pt                   optimizer, step, scaler, random state, log, resolved config
                                       state-00000-of-00008.pt    each rank's rows of the u-state
+                                      SHA256SUMS                 of all of these; `sha256sum -c SHA256SUMS` checks them, too
     out_dir/checkpoints/latest                                   the name of the newest complete folder
 
-Everything is written into a folder of another name, flushed to the disk and then renamed; `latest` follows last. Files
-hold tensors and plain Python types only and are read with weights_only=True, which runs no code.
+Saving copies everything in memory, which is all that training waits for, and writes the copy beside it: into a folder of another name,
+flushed to the disk, then renamed; `latest` follows last. Files hold tensors and plain Python types only and are read with
+weights_only=True, which runs no code. Before a run is continued every file is compared with its sum; a damaged checkpoint is named,
+and the one before is taken.
 """
 
 import dataclasses
+import fcntl
+import hashlib
 import os
 import re
 import shutil
+import socket
+import sys
+import threading
+import time
 
 import torch
 
 import dist
 from config import MODEL_KEYS, ConfigError
 
+SUMS = "SHA256SUMS"
 
-def save(out_dir, step, model, optimizer, loss, scaler, config, keep):
-    """Write checkpoint `step` (all ranks call this, out_dir is shared between them) -> its path; older ones beyond `keep` go."""
-    root = os.path.join(out_dir, "checkpoints")
-    final = os.path.join(root, f"step-{step:08d}")
-    partial = final + ".partial"
-    if dist.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-    dist.barrier()
-    dist.average_batchnorm(model)
-    state = loss.state
-    write(os.path.join(partial, state_file(dist.rank(), dist.world_size())),
-          {"table": state.table[:-1].cpu(), "columns": state.columns, "num_samples": state.num_samples})
-    if dist.rank() == 0:
-        write(os.path.join(partial, "model.pt"), {"state_dict": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}})
-        write(os.path.join(partial, "train.pt"), {
-            "step": step, "world_size": dist.world_size(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "rng": torch.get_rng_state(), "config": dataclasses.asdict(config)})
-    dist.barrier()                                          # every rank's file is on the disk
-    if dist.rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)            # of an earlier run that was continued from before this step
-        os.rename(partial, final)
-        with open(os.path.join(root, "latest.partial"), "w") as f:
-            f.write(os.path.basename(final))
+
+class Saver:
+    """The checkpoints of one run. All ranks call its methods at the same steps; out_dir is a folder that they share.
+
+    Raises ConfigError if another run is writing there now."""
+
+    def __init__(self, config, model, optimizer, loss, scaler, newest=None):
+        """newest: the checkpoint that this run starts from, if any."""
+        self.config, self.model, self.optimizer, self.loss, self.scaler, self.newest = config, model, optimizer, loss, scaler, newest
+        self.root, self.thread, self.held, self.lock = os.path.join(config.out_dir, "checkpoints"), None, None, None
+        self.lock = dist.from_first_rank(claim, config.out_dir)
+        if dist.rank() == 0:
+            for name in os.listdir(self.root):              # what a run that was killed has left
+                if name.endswith(".partial"):
+                    remove(os.path.join(self.root, name))
+        dist.barrier()
+
+    def save(self, step, log_state):
+        """Begin to save checkpoint `step` -> the seconds for which training waited. With save_background=False it is on the disk on
+        return, otherwise after commit(). RuntimeError if a weight is not finite: such a checkpoint is of no use to anybody."""
+        start = time.monotonic()
+        self.commit()                                       # one at a time
+        dist.average_batchnorm(self.model)
+        finite = torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).tolist()
+        if not all(finite):
+            name = [name for name, _ in self.model.named_parameters()][finite.index(False)]
+            raise RuntimeError(f"{name} is not finite after step {step}, which is not saved. {self.describe_newest()}")
+        state = self.loss.state
+        files = {state_file(dist.rank(), dist.world_size()): {"table": state.table[:-1], "columns": state.columns, "num_samples": state.num_samples}}
+        if dist.rank() == 0:
+            files["model.pt"] = {"state_dict": self.model.state_dict()}
+            files["train.pt"] = {"step": step, "world_size": dist.world_size(), "optimizer": self.optimizer.state_dict(), "log": log_state,
+                                 "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(), "config": dataclasses.asdict(self.config)}
+        self.held = snapshot(files, self.held)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()                        # the copies have arrived
+        self.final, self.sums, self.error = os.path.join(self.root, f"step-{step:08d}"), {}, None
+        self.thread = threading.Thread(target=self.write, args=(self.final + ".partial",))
+        self.thread.start()
+        if not self.config.save_background:
+            self.commit()
+        return time.monotonic() - start
+
+    def write(self, folder):
+        """In a thread: this rank's files, and their sums. What goes wrong is kept for commit()."""
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for name, content in self.held.items():
+                self.sums[name] = write(os.path.join(folder, name), content)
+        except Exception as error:
+            self.error = f"rank {dist.rank()} on {socket.gethostname()}: {type(error).__name__}: {error}"
+
+    def writing(self):
+        return self.thread is not None and self.thread.is_alive()
+
+    def commit(self):
+        """Wait until every rank has written its files, and make the checkpoint the newest -> True, or False if it could not be
+        written: then that is said, what there is of it is removed, and the checkpoints before it stay."""
+        if self.thread is None:
+            return True
+        self.thread.join()
+        self.thread = None
+        results = dist.all_gather_objects((self.sums, self.error))
+        errors = [error for _, error in results if error]
+        if dist.rank() == 0 and not errors:
+            try:
+                self.publish({name: digest for sums, _ in results for name, digest in sums.items()})
+            except OSError as error:
+                errors = [f"rank 0 on {socket.gethostname()}: {type(error).__name__}: {error}"]
+        errors = dist.all_gather_objects(errors)[0]         # after this the checkpoint is there, on every rank's disk
+        if not errors:
+            self.newest = self.final
+            return True
+        if dist.rank() == 0:
+            remove(self.final + ".partial")
+            disk = shutil.disk_usage(self.root)
+            print(f"error: {os.path.basename(self.final)} could not be saved: {'; '.join(errors[:4])}. It takes about {self.bytes() / 1e9:.2f} GB; "
+                  f"{self.root} has {disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB free. {self.describe_newest()}", file=sys.stderr, flush=True)
+        return False
+
+    def publish(self, sums):
+        """On rank 0, when all files are on the disk."""
+        partial = self.final + ".partial"
+        unseen = [name for name in sums if not os.path.exists(os.path.join(partial, name))]
+        if unseen:
+            raise OSError(f"rank 0 does not see {', '.join(unseen[:4])}, which other ranks have written: out_dir must be on a disk that all hosts share")
+        with open(os.path.join(partial, SUMS), "w") as f:
+            f.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
             flush(f)
-        os.replace(os.path.join(root, "latest.partial"), os.path.join(root, "latest"))
-        flush_folder(root)
-        older = sorted(d for d in os.listdir(root) if re.fullmatch(r"step-\d{8}", d) and d < os.path.basename(final))
-        for old in older[:max(0, len(older) + 1 - keep)]:
-            shutil.rmtree(os.path.join(root, old), ignore_errors=True)
-    dist.barrier()
-    return final
+        flush_folder(partial)
+        remove(self.final)                                  # of an earlier run that was continued from before this step
+        os.rename(partial, self.final)
+        flush_folder(self.root)
+        name = os.path.basename(self.final)
+        with open(os.path.join(self.root, "latest.partial"), "w") as f:
+            f.write(name)
+            flush(f)
+        os.replace(os.path.join(self.root, "latest.partial"), os.path.join(self.root, "latest"))
+        flush_folder(self.root)
+        older = [d for d in steps(self.root) if d < name]
+        for old in older[max(0, self.config.keep - 1):]:
+            remove(os.path.join(self.root, old))
+
+    def describe_newest(self):
+        return f"The newest good checkpoint is {self.newest}" if self.newest else "There is no checkpoint yet"
+
+    def bytes(self):
+        """About how large a checkpoint is: weights, moments, and the u-state of all ranks."""
+        tensors = (*self.model.state_dict().values(), *(x for s in self.optimizer.state.values() for x in s.values() if torch.is_tensor(x)))
+        return sum(x.numel() * x.element_size() for x in tensors) + 4 * self.loss.state.num_samples * len(self.loss.state.columns)
+
+    def close(self):
+        """Let the next run write here."""
+        if dist.rank() == 0 and self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+def claim(out_dir):
+    """Make out_dir/checkpoints and lock it for this process, for as long as it lives -> a file descriptor, or None where the file
+    system knows no locks. ConfigError if another process has it."""
+    os.makedirs(os.path.join(out_dir, "checkpoints"), exist_ok=True)
+    lock = os.open(os.path.join(out_dir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(f"another run is writing to {out_dir} now: wait until it has ended, or choose another --out_dir") from None
+    except OSError:
+        return None
+
+
+def snapshot(tree, held=None):
+    """Nested dicts, lists and tensors -> the same on the CPU, in memory of its own; that of `held`, an earlier result, is used
+    again where it fits. Copies from a GPU may still be under way on return."""
+    if isinstance(tree, dict):
+        return {k: snapshot(v, held.get(k) if isinstance(held, dict) else None) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [snapshot(v, held[i] if isinstance(held, list) and i < len(held) else None) for i, v in enumerate(tree)]
+    if not torch.is_tensor(tree):
+        return tree
+    if not (torch.is_tensor(held) and held.shape == tree.shape and held.dtype == tree.dtype):
+        held = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
+    return held.copy_(tree.detach(), non_blocking=True)
 
 
 def state_file(rank, world_size):
     return f"state-{rank:05d}-of-{world_size:05d}.pt"
 
 
+class Digest:
+    """A file to write to, and the SHA-256 of what was written."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
 def write(path, content):
+    """torch.save, down to the disk -> the file's SHA-256 in hexadecimal."""
     with open(path, "wb") as f:
-        torch.save(content, f)
+        digest = Digest(f)
+        torch.save(content, digest)
         flush(f)
+    return digest.sha256.hexdigest()
 
 
 def flush(f):
@@ -75,29 +215,82 @@ def flush_folder(path):
     os.close(descriptor)
 
 
-def find(config):
-    """config.resume -> the checkpoint folder to start from, or None. ConfigError if it is asked for and not there, or if a
-    new run would be written over an old one."""
-    root = os.path.join(config.out_dir, "checkpoints")
-    latest = os.path.join(root, "latest")
-    if config.resume in ("auto", "none"):
-        newest = None
-        if os.path.exists(latest):
-            with open(latest) as f:
-                newest = os.path.join(root, f.read().strip())
-        if newest and config.resume == "none":
-            raise ConfigError(f"{config.out_dir} already holds a run, saved at {os.path.basename(newest)}. Continue it with "
-                              f"--resume=auto, choose another --out_dir, or delete that folder")
-        return newest
-    if not os.path.exists(os.path.join(config.resume, "train.pt")):
-        raise ConfigError(f"resume = {config.resume!r} is no checkpoint: it has no train.pt (give a folder like runs/NAME/checkpoints/step-00001000)")
-    return config.resume
+def remove(path):
+    """A folder or a file, if it is there. A folder is renamed first, so that none is ever seen half removed."""
+    if os.path.isdir(path):
+        if not path.endswith(".partial"):
+            shutil.rmtree(path + ".old.partial", ignore_errors=True)
+            os.rename(path, path + ".old.partial")
+            path += ".old.partial"
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.exists(path):
+        os.remove(path)
 
 
-def read(path):
-    """Load one file of a checkpoint to the CPU; ConfigError if it is missing or damaged."""
+def steps(root):
+    """The checkpoints' names, newest first."""
+    return sorted((d for d in os.listdir(root) if re.fullmatch(r"step-\d{8,}", d)), key=lambda d: (len(d), d), reverse=True)
+
+
+def damage(folder, names=None):
+    """What is wrong with the files of a checkpoint (or with `names` among them), in words; None if all are as they were written."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with open(os.path.join(folder, SUMS)) as f:
+            sums = {name: digest for digest, name in (line.split() for line in f)}
+        for name in names or [*sums, "model.pt", "train.pt"]:
+            with open(os.path.join(folder, name), "rb") as f:
+                sha256 = hashlib.sha256()
+                while data := f.read(1 << 20):
+                    sha256.update(data)
+                if sha256.hexdigest() != sums.get(name):
+                    return f"{name} is not what was written ({os.path.getsize(f.name)} bytes, another SHA-256)"
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename)} is missing"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def find(config, names=None):
+    """config.resume -> the checkpoint folder to start from, or None. Every file (or `names`) is compared with its sum; of "auto"'s
+    checkpoints the newest undamaged one is taken, and the damaged ones are named on stderr. ConfigError if what is asked for is not
+    there, or if a new run would be written over an old one."""
+    root = os.path.join(config.out_dir, "checkpoints")
+    if config.resume not in ("auto", "none"):
+        if not os.path.isdir(config.resume):
+            raise ConfigError(f"resume = {config.resume!r} is no checkpoint (give a folder like runs/NAME/checkpoints/step-00001000)")
+        if wrong := damage(config.resume, names):
+            raise ConfigError(f"{config.resume} cannot be used: {wrong}; use another checkpoint")
+        return config.resume
+    there = steps(root) if os.path.isdir(root) else []
+    if not there:
+        return None
+    if config.resume == "none":
+        raise ConfigError(f"{config.out_dir} already holds a run, saved at {there[0]}. Continue it with --resume=auto, "
+                          f"choose another --out_dir, or delete that folder")
+    try:
+        with open(os.path.join(root, "latest")) as f:
+            latest = f.read().strip()
+    except OSError:
+        latest = ""
+    # Newer folders than `latest` are of a run that was since continued from an earlier step, or of a save that was not finished.
+    candidates = [d for d in there if (len(d), d) <= (len(latest), latest)] or there
+    damaged = []
+    for name in candidates:
+        folder = os.path.join(root, name)
+        wrong = damage(folder, names)
+        if not wrong:
+            if name != latest:
+                print(f"warning: continuing from {name}, the newest checkpoint that is whole", file=sys.stderr, flush=True)
+            return folder
+        damaged.append(f"{name}: {wrong}")
+        print(f"warning: {folder} is damaged: {wrong}", file=sys.stderr, flush=True)
+    raise ConfigError(f"all checkpoints in {root} are damaged ({'; '.join(damaged)}); restore one, or delete the folder and start anew")
+
+
+def read(path, mmap=False):
+    """Load one file of a checkpoint to the CPU; ConfigError if it is missing or damaged. mmap: read only what is then used."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: is this a checkpoint folder?") from None
     except Exception as error:
@@ -118,8 +311,8 @@ def load_model(path, model, config=None):
 
 
 def load(path, model, optimizer, loss, scaler, config):
-    """Continue from the folder `path` -> the number of steps done. Every rank calls this. The world size may be another
-    than the one that saved: rows of the u-state are found by sample id. ConfigError if the checkpoint is of another model,
+    """Continue from the folder `path` -> (the number of steps done, the log's state). Every rank calls this. The world size may be
+    another than the one that saved: rows of the u-state are found by sample id. ConfigError if the checkpoint is of another model,
     algorithm or data set."""
     load_model(path, model, config)
     train = read(os.path.join(path, "train.pt"))
@@ -136,7 +329,7 @@ def load(path, model, optimizer, loss, scaler, config):
     torch.set_rng_state(train["rng"])
     state, K = loss.state, train["world_size"]
     for r in range(K) if K != dist.world_size() else [dist.rank()]:     # id i was saved by rank i mod K, in row i // K
-        saved = read(os.path.join(path, state_file(r, K)))
+        saved = read(os.path.join(path, state_file(r, K)), mmap=True)
         if saved["columns"] != state.columns or saved["num_samples"] != state.num_samples:
             raise ConfigError(f"{path} keeps {saved['columns']} for {saved['num_samples']} samples, this run {state.columns} for "
                               f"{state.num_samples}: it is of another algorithm or data set")
@@ -145,4 +338,4 @@ def load(path, model, optimizer, loss, scaler, config):
         ids = torch.arange(r, state.num_samples, K)
         mine = ids % dist.world_size() == dist.rank()
         state.table[ids[mine] // dist.world_size()] = saved["table"][:len(ids)][mine].to(state.table.device)
-    return train["step"]
+    return train["step"], train["log"]

@@ -10,7 +10,9 @@ whatever Python can: run only those you have read.
 import ast
 import dataclasses
 import difflib
+import math
 import os
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -94,7 +96,11 @@ class Config:
     out_dir: str = knob("", "the run's folder; '': runs/NAME-OF-THE-CONFIG")
     resume: str = knob("none", "none, auto (the newest checkpoint in out_dir, if any), or a checkpoint's folder")
     save_steps: int = knob(0, "save every so many steps; 0: once an epoch; the end is always saved")
-    keep: int = knob(2, "newest checkpoints to keep")
+    save_minutes: float = knob(0.0, "save every so many minutes too; 0: never")
+    save_background: bool = knob(True, "write checkpoints beside the training, which then only waits for a copy in memory")
+    keep: int = knob(2, "newest checkpoints to keep; with 1 there is none to fall back on")
+    stop_after: Union[int, str] = knob(0, "save and end this job after so many of its steps, or a time: '90m', '23.5h'; 0: run to the end")
+    skip_nonfinite: bool = knob(False, "leave out steps with a non-finite loss or gradient, up to 1 %, where otherwise the run stops")
     log_steps: int = knob(10, "a row of metrics.jsonl every so many steps")
     tensorboard: bool = knob(False, "also write TensorBoard events to out_dir")
     wandb: str = knob("", "also log to this Weights & Biases project")
@@ -211,7 +217,7 @@ def check(c):
         if not unless:
             raise ConfigError(message)
     for key in ("lr", "weight_decay", "warmup_steps", "lr_min", "rho", "eps_u", "micro_batch", "max_steps", "grad_clip",
-                "gamma_decay_epochs", "eval_steps", "save_steps", "seed", "lr_tau"):
+                "gamma_decay_epochs", "eval_steps", "save_steps", "save_minutes", "seed", "lr_tau"):
         value = getattr(c, key)
         refuse(value is None or value >= 0, f"{key} = {value} must not be negative")
     for key in ("batch_size", "epochs", "keep", "log_steps", "eval_batch", "bucket_mb", "timeout"):
@@ -229,9 +235,20 @@ def check(c):
            f"lanes = {c.lanes} does not divide batch_size = {c.batch_size}: each step takes batch_size/lanes samples from every lane")
     refuse(isinstance(c.vision_layers, (int, type(None))) or len(c.vision_layers) == 4,
            f"vision_layers = {c.vision_layers}: a ResNet has four stages")
+    stop_seconds(c)
     refuse(c.device in ("auto", "cuda", "cpu"), f"device = {c.device!r} must be auto, cuda or cpu; choose among GPUs with CUDA_VISIBLE_DEVICES")
     for key in ("train_data", "eval_data"):
         refuse(all(isinstance(p, str) for p in getattr(c, key)), f"{key} must hold strings, got {getattr(c, key)}")
+
+
+def stop_seconds(config):
+    """config.stop_after as seconds, where it is a time, else infinity. ConfigError if it is neither a time nor a number of steps."""
+    if isinstance(config.stop_after, int) and config.stop_after >= 0:
+        return math.inf
+    time = re.fullmatch(r"(\d+(?:\.\d*)?)([smh])", str(config.stop_after))
+    if not time:
+        raise ConfigError(f"stop_after = {config.stop_after!r} must be a number of steps, or a time such as '600s', '90m' or '23.5h'")
+    return float(time[1]) * {"s": 1, "m": 60, "h": 3600}[time[2]]
 
 
 def as_text(config):

@@ -6,11 +6,7 @@ loss.py hands out feature gradients explicitly, so all that is sent in a step st
 
 import contextlib
 import datetime
-import faulthandler
 import os
-import sys
-import threading
-import time
 from collections import Counter
 
 import torch
@@ -21,6 +17,9 @@ from config import ConfigError
 # Bytes that this rank has sent, by purpose ("features", "gradients", ...), counted where they are sent, for the usual ring
 # algorithms: an all-gather sends (K-1) times the local part, an all-reduce 2(K-1)/K times the tensor.
 traffic = Counter()
+
+# How many collectives this rank has begun, by purpose: a rank that hangs has begun fewer than the others.
+calls = Counter()
 
 
 def precision(name, device):
@@ -77,6 +76,7 @@ def shutdown():
 
 def barrier():
     if world_size() > 1:
+        calls["barrier"] += 1
         c10d.all_reduce(torch.zeros(1))              # on the CPU, by gloo: needs no device and cannot be reordered by one
 
 
@@ -90,6 +90,7 @@ def all_gather(x, purpose):
     """[b, ...] of every rank -> [K*b, ...], in rank order. Not differentiable; b must be equal on all ranks."""
     if world_size() == 1:
         return x
+    calls[purpose] += 1
     traffic[purpose] += (world_size() - 1) * x.numel() * x.element_size()
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
     c10d.all_gather_into_tensor(out, x.contiguous())
@@ -100,6 +101,7 @@ def all_reduce(x, purpose):
     """Start summing x over the ranks, in place -> a handle; x holds the sum after handle.wait()."""
     if world_size() == 1:
         return Done()
+    calls[purpose] += 1
     traffic[purpose] += 2 * (world_size() - 1) * x.numel() * x.element_size() // world_size()
     return c10d.all_reduce(x, async_op=True)
 
@@ -108,9 +110,42 @@ def all_gather_objects(x):
     """One picklable object of every rank -> the list of them, in rank order (evaluation, checks; not for the step)."""
     if world_size() == 1:
         return [x]
+    calls["objects"] += 1
     out = [None] * world_size()
     c10d.all_gather_object(out, x)
     return out
+
+
+def from_first_rank(function, *args, **options):
+    """Rank 0's result, or its ConfigError, on every rank: a set is indexed once, not by each of a hundred ranks."""
+    result = None
+    if rank() == 0:
+        try:
+            result = function(*args, **options)
+        except ConfigError as error:
+            result = error
+    result = all_gather_objects(result)[0]
+    if isinstance(result, ConfigError):
+        raise result
+    return result
+
+
+class Agreement:
+    """Yes-or-no questions to all ranks, answered one step later, so that no step waits for the answer. What only some ranks know (a
+    signal, a clock, a file that is written) becomes a decision that all of them take at the same step."""
+
+    def __init__(self, questions):
+        self.ask(*[False] * questions)
+
+    def ask(self, *yes):
+        """Launch: this rank's answers, bools."""
+        self.sums = torch.tensor(yes, dtype=torch.float32)              # on the CPU, by gloo: no GPU is kept waiting
+        self.work = all_reduce(self.sums, "agreement")
+
+    def answers(self):
+        """Finish -> for each question, how many ranks said yes."""
+        self.work.wait()
+        return self.sums.int().tolist()
 
 
 class GradReducer:
@@ -130,6 +165,7 @@ class GradReducer:
     def __init__(self, parameters, bucket_mb=25.0, wire=torch.float32):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.wire, self.buckets, self.armed = wire, [], False
+        self.finite = torch.zeros((), dtype=torch.bool)      # after wait(): was this rank's own gradient finite? (not looked at if alone)
         if world_size() == 1:
             return                                   # p.grad is left to autograd
         group, size = [], 0
@@ -164,6 +200,7 @@ class GradReducer:
                 self.launch(self.buckets[self.launched])
 
     def launch(self, bucket):
+        bucket.sum = bucket.flat.sum()               # tells, after the sum over ranks has spread it, where a NaN came from
         bucket.flat.div_(world_size())               # first divide, then add: a sum in bfloat16 or float16 stays in range
         bucket.sent = bucket.flat if bucket.flat.dtype == self.wire else bucket.flat.to(self.wire)
         bucket.work = all_reduce(bucket.sent, "gradients")
@@ -177,6 +214,8 @@ class GradReducer:
             if bucket.sent is not bucket.flat:
                 bucket.flat.copy_(bucket.sent)
             bucket.sent = bucket.work = None
+        if self.buckets:
+            self.finite = torch.isfinite(torch.stack([bucket.sum for bucket in self.buckets])).all()
         self.armed = False
 
 
@@ -220,31 +259,3 @@ def average_batchnorm(model):
         all_reduce(flat, "batchnorm").wait()
         for x, mean in zip(stats, flat.split([x.numel() for x in stats])):
             x.copy_(mean.view_as(x))
-
-
-class Watchdog:
-    """Ends this process, saying where it was, when nothing has been reported for `timeout` seconds.
-
-    A rank that died or hangs leaves the others waiting inside a collective, where Python cannot raise; so a thread watches.
-    """
-
-    def __init__(self, timeout):
-        self.timeout, self.where, self.since = timeout, "start-up", time.monotonic()
-        threading.Thread(target=self.watch, daemon=True).start()
-
-    def beat(self, where):
-        """Report progress; `where` is what the message will name, e.g. "step 120"."""
-        self.where, self.since = where, time.monotonic()
-
-    def stop(self):
-        self.timeout = float("inf")
-
-    def watch(self):
-        while True:
-            time.sleep(min(1.0, self.timeout / 10) if self.timeout < float("inf") else 1.0)
-            if time.monotonic() - self.since > self.timeout:
-                print(f"error: rank {rank()} gave up: nothing has finished for {self.timeout:.0f} s after {self.where}. Another rank "
-                      f"has probably died or hangs; look for the first error in the other ranks' output. To wait longer: --timeout",
-                      file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                os._exit(1)

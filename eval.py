@@ -31,17 +31,17 @@ CHUNK = 1024             # queries whose similarities to everything are held at 
 
 
 @torch.no_grad()
-def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False):
+def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False, beat=lambda where: None):
     """The model on c.eval_data, the work shared over the ranks -> {name: share of 1}, the same on every rank.
 
-    With `picture`, rank 0 also writes eval.json and retrieval.png into c.out_dir. Raises ConfigError for a set without
+    With `picture`, rank 0 also writes eval.json and retrieval.png into c.out_dir. beat(where) is told of progress. Raises ConfigError for a set without
     classes and captions, or whose class numbers and class list do not go together.
     """
     model.eval()
-    images, captions, classes, positions, bad = encode_images(model, c, device, autocast)
+    images, captions, classes, positions, bad = encode_images(model, c, device, autocast, beat)
     if bad and dist.rank() == 0:
         print(f"left out of {c.eval_data[0]}: {bad}", flush=True)
-    encode = lambda texts: encode_texts(model, texts, c, device, autocast)
+    encode = lambda texts: encode_texts(model, texts, c, device, autocast, beat)
     results, queries = {}, None
     names, templates = class_list(c)
     if names and all(label is not None for label in classes):
@@ -74,11 +74,12 @@ def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False):
     return results
 
 
-def encode_images(model, c, device, autocast):
+def encode_images(model, c, device, autocast, beat):
     """-> features [n, d] of the whole set in its order, captions (n lists), classes (n, or None each), positions in the set (n;
     bad samples are left out), {reason: how many were}. ConfigError if none is left."""
     mine, bad = [], Counter()
-    for batch in samples(c, model.image_size):
+    for number, batch in enumerate(samples(c, model.image_size)):
+        beat(f"evaluation, batch {number} of images")
         with autocast():
             features = model.encode_image(batch.images.to(device, non_blocking=True))
         mine.append((features.float().cpu(), batch.positions.tolist(), batch.captions, batch.classes))
@@ -105,12 +106,13 @@ def samples(c, image_size):
     return data.read_samples(c.eval_data, image_size, c.caption_key, c.eval_batch, dist.rank(), dist.world_size(), c.workers)
 
 
-def encode_texts(model, texts, c, device, autocast):
+def encode_texts(model, texts, c, device, autocast, beat):
     """list of n str -> features [n, d]; every rank encodes a share."""
     tokenizer = Tokenizer(model.context_length)
     share = texts[dist.rank()::dist.world_size()]
     features = []
     for start in range(0, len(share), c.eval_batch):
+        beat(f"evaluation, text {start} of {len(share)}")
         tokens = tokenizer(share[start:start + c.eval_batch])
         tokens = tokens[:, :1 + int(tokens.argmax(1).max())]             # <end_of_text> is the largest id
         with autocast():
@@ -193,8 +195,10 @@ def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         raise ConfigError("usage: python eval.py CHECKPOINT_OR_RUN_FOLDER [--key=value ...]")
     folder = argv[0]
-    if os.path.exists(os.path.join(folder, "checkpoints", "latest")):
-        folder = checkpoint.find(configs.Config(out_dir=folder, resume="auto"))
+    is_run = os.path.isdir(os.path.join(folder, "checkpoints"))
+    folder = checkpoint.find(configs.Config(out_dir=folder, resume="auto" if is_run else folder), names=("model.pt", "train.pt"))
+    if not folder:
+        raise ConfigError(f"{argv[0]} has no checkpoint yet")
     saved = checkpoint.read(os.path.join(folder, "train.pt"))["config"]
     c = configs.load([f"--{key}={value!r}" for key, value in saved.items() if key in configs.HINTS] + [f"--out_dir={argv[0]}"] + argv[1:])
     if not c.eval_data:

@@ -75,6 +75,7 @@ class LossOutput(NamedTuple):
     objective: torch.Tensor                      # []      the algorithm's own estimate of its objective over the global batch
     mbcl: torch.Tensor                           # []      in-batch contrastive loss at TAU_REFERENCE
     tau: torch.Tensor                            # []      temperature used in this step (per-sample: the batch's mean)
+    finite: torch.Tensor                         # [b]     bool: are this rank's samples' features finite?
 
 
 class ContrastiveLoss:
@@ -175,10 +176,11 @@ class ContrastiveLoss:
                 grad_tau = (log1 + log2).mean() / 2 + self.rho + tau1[0] * grad_tau
             grad_logit_scale = (-tau1[0] * grad_tau).to(logit_scale.dtype)                    # d tau / d ln(1/tau) = -tau
         if algorithm.state:
-            self.state.store(lookup.ids, new)
+            self.state.store(lookup, new)
 
         return LossOutput(grad_image.to(image_features.dtype), grad_text.to(text_features.dtype), grad_logit_scale,
-                          self.objective(log_v1, log_v2, tau1, tau2), mbcl.mean(), (tau1 + tau2).mean() / 2)
+                          self.objective(log_v1, log_v2, tau1, tau2), mbcl.mean(), (tau1 + tau2).mean() / 2,
+                          torch.isfinite(s[mine]))
 
     def weight_factor(self, tau):
         """c of the table, (B,)."""
@@ -263,13 +265,16 @@ class SampleState:
         rows = torch.where(self.owned(ids)[:, None], self.table[ids // dist.world_size()], 0)  # (B, columns)
         return Lookup(self.columns, ids, rows, dist.all_reduce(rows, "state"))
 
-    def store(self, ids, new):
-        """ids [B] and the whole batch's new columns, {name: [B]}: keep the rows that this rank owns."""
+    def store(self, lookup, new):
+        """The batch's look-up, finished, and its new columns, {name: [B]}: keep the rows that this rank owns. A row with anything
+        non-finite in it is not taken: one bad step must not spoil what a sample has gathered in a hundred epochs."""
+        ids, new = lookup.ids, torch.stack([new[name] for name in self.columns], 1)           # (B, columns)
+        new = torch.where(torch.isfinite(new).all(1, keepdim=True), new, lookup.rows)
         order = torch.sort(ids, stable=True)
         last = torch.ones_like(ids, dtype=torch.bool)
         last[order.indices[:-1]] = order.values[:-1] != order.values[1:]                      # the last of equal ids
         slot = torch.where(self.owned(ids) & last, ids // dist.world_size(), self.rows)
-        self.table[slot] = torch.stack([new[name] for name in self.columns], 1)
+        self.table[slot] = new
 
     def owned(self, ids):
         return ids % dist.world_size() == dist.rank()

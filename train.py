@@ -6,7 +6,9 @@
 """
 
 import os
+import signal
 import sys
+import time
 
 # On CPUs that this process shares with its data workers, a thread of torch that waits must not spin for long: it would hold
 # a core that the one it waits for needs. Read once, when torch is loaded; nothing of it matters on a GPU.
@@ -25,13 +27,15 @@ import watch
 from config import ConfigError
 from loss import ContrastiveLoss
 from shards import load_index
+from watchdog import Watchdog
 
 
 def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, steps_per_epoch, total_steps):
-    """One iteration of Algorithm 1 on this rank's share of the global batch -> LossOutput."""
+    """One iteration of Algorithm 1 on this rank's share of the global batch -> (LossOutput, the gradient's norm)."""
     gamma = optim.gamma(c, step, steps_per_epoch, total_steps)
     optim.set_lr(optimizer, c, step, total_steps)
     reducer.zero()
+    buffers = [buffer.clone() for buffer in model.buffers()] if c.skip_nonfinite else None
 
     # u (and per-sample tau) of the global batch: fetched while the towers run.
     rows = loss.lookup(batch.ids)
@@ -60,15 +64,21 @@ def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step
     reducer.wait()
 
     # Update w and tau.
+    scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if c.grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        torch.nn.utils.clip_grads_with_norm_(parameters, c.grad_clip, grad_norm)
+    if c.skip_nonfinite and not torch.isfinite(grad_norm + out.objective):      # waits for the device: the price of that switch
+        for buffer, before in zip(model.buffers(), buffers):                    # batch norm has seen what made it so
+            buffer.copy_(before)
+        return out, grad_norm
     log_scale = model.logit_scale.detach().clone()
     scaler.step(optimizer)
     scaler.update()
     if out.grad_logit_scale is not None:
         optim.finish_tau_step(model.logit_scale, log_scale, c)
-    return out
+    return out, grad_norm
 
 
 def main(argv):
@@ -76,8 +86,9 @@ def main(argv):
     if c.plan:
         import plan
         return print(plan.report(c))
+    os.umask(os.umask(0) | 0o002)                                # nothing that a run writes can be changed by everybody
     device = dist.init(c.device, c.timeout)
-    step = watchdog = None
+    watchdog, saver, stop = Watchdog(c.timeout), None, None
     try:
         # What can be refused is refused here, before anything is trained.
         if not c.train_data:
@@ -87,11 +98,11 @@ def main(argv):
         if rest or (c.micro_batch and b % c.micro_batch):
             raise ConfigError(f"batch_size = {c.batch_size} must be a multiple of {world_size} ranks" +
                               (f" x micro_batch = {c.micro_batch}" if c.micro_batch else "") + f", {world_size * max(1, c.micro_batch)}")
-        start_from = checkpoint.find(c)
-        index = from_first_rank(load_index, c.train_data, c.caption_key)
+        start_from = dist.from_first_rank(checkpoint.find, c)
+        index = dist.from_first_rank(load_index, c.train_data, c.caption_key)
         if c.eval_data:
-            from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True)
-            from_first_rank(evaluation.check, c)
+            dist.from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True)
+            dist.from_first_rank(evaluation.check, c)
         order = data.Order(index, c.batch_size, c.lanes, c.shuffle_block, c.seed)
         total_steps = min(max(1, int(c.epochs * order.steps_per_epoch)), c.max_steps or 2 ** 62)
 
@@ -104,7 +115,7 @@ def main(argv):
         optimizer = optim.create(model, c)
         loss = ContrastiveLoss(c.algorithm, index.num_samples, c.equations, c.rho, c.eps_u, c.tau_init, device)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        step = checkpoint.load(start_from, model, optimizer, loss, scaler, c) if start_from else 0
+        step, log_state = checkpoint.load(start_from, model, optimizer, loss, scaler, c) if start_from else (0, None)
         dist.check_same_weights(model)
         model.set_grad_checkpointing(c.grad_checkpointing)
         if c.compile is True or (c.compile == "auto" and device.type == "cuda"):
@@ -114,53 +125,92 @@ def main(argv):
         autocast = dist.autocast(dtype, device)
         loader = data.Loader(order, model.image_size, model.context_length, c.crop_scale, c.caption_key, dist.rank(), world_size,
                              c.workers, device, start_step=step, num_steps=total_steps)
-        log = watch.Log(c, order, total_steps, step, model, dtype, device)
+        saver = checkpoint.Saver(c, model, optimizer, loss, scaler, start_from)
+        log = watch.Log(c, order, total_steps, step, model, dtype, device, log_state)
+
+        def evaluate():
+            with log.pause():
+                watchdog.beat(f"step {step}, evaluating")
+                dist.average_batchnorm(model)
+                log.evaluation(step, evaluation.evaluate(model, c, device, autocast, step == total_steps, watchdog.beat))
+                model.train()
+
+        def evaluation_due():
+            return c.eval_data and step and (step == total_steps or (c.eval_steps and step % c.eval_steps == 0))
+
+        model.train()
+        if evaluation_due() and not dist.from_first_rank(log.has_evaluation, step):
+            evaluate()                                           # the job that saved this step ended before it could
+        stop = StopSignals()
+        started = saved = time.monotonic()
+        last_step = min(total_steps, step + c.stop_after) if isinstance(c.stop_after, int) and c.stop_after else total_steps
+        agreement = dist.Agreement(3)
 
         # The loop.
-        watchdog = dist.Watchdog(c.timeout)
-        model.train()
+        watchdog.beat(f"step {step + 1}, waiting for data")
         for batch in loader:
             log.data_is_ready()
-            out = train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, order.steps_per_epoch, total_steps)
+            watchdog.beat(f"step {step + 1}")
+            out, grad_norm = train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, order.steps_per_epoch, total_steps)
             step += 1
-            watchdog.beat(f"step {step}")
-            last = step == total_steps
-            save = last or step % (c.save_steps or order.steps_per_epoch) == 0
-            log.step(step, batch, out, optim.gamma(c, step - 1, order.steps_per_epoch, total_steps), optimizer, flush=save)
-            if save:
-                checkpoint.save(c.out_dir, step, model, optimizer, loss, scaler, c, c.keep)
-                log.restart_clock()
-                watchdog.beat(f"saving step {step}")
-            if c.eval_data and (last or (c.eval_steps and step % c.eval_steps == 0)):
-                dist.average_batchnorm(model)
-                log.evaluation(step, evaluation.evaluate(model, c, device, autocast, picture=last))
-                watchdog.beat(f"evaluating step {step}")
-                model.train()
+            log.step(step, batch, out, grad_norm, reducer.finite, optim.gamma(c, step - 1, order.steps_per_epoch, total_steps), optimizer)
+
+            # Decisions that all ranks take together, on what any of them knew a step ago.
+            leave, due, still_writing = agreement.answers()
+            leave = leave or step == last_step
+            if leave or due or step % (c.save_steps or order.steps_per_epoch) == 0:
+                watchdog.beat(f"step {step}, saving")
+                with log.pause():
+                    log.save_wait += saver.save(step, log.state())
+                saved = time.monotonic()
+            elif not still_writing:
+                saver.commit()
+            if evaluation_due() and (step == total_steps or not leave):     # who is asked to leave does not stay for it
+                evaluate()
+            if leave:
+                break
+            now = time.monotonic()
+            agreement.ask(stop.asked or now - started > configs.stop_seconds(c),
+                          dist.rank() == 0 and bool(c.save_minutes) and now - saved > 60 * c.save_minutes, saver.writing())
+            watchdog.beat(f"step {step + 1}, waiting for data")
+        watchdog.beat(f"step {step}, saving")
+        if not saver.commit():
+            raise RuntimeError("the last checkpoint could not be saved: see above")
         dist.check_same_weights(model)
-        log.finish()
-    except ConfigError:
-        raise
+        if step == total_steps:
+            log.finish()
+        else:
+            log.left(step, stop.asked or "on another rank's signal, or stop_after")
     except Exception as error:
-        print(f"error: rank {dist.rank()}, {'start-up' if step is None else f'step {step + 1}'}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        watchdog.failed(error)
         raise
     finally:
-        if watchdog:
-            watchdog.stop()
+        watchdog.stop()
+        if stop:
+            stop.restore()
+        if saver:
+            saver.close()
     dist.shutdown()
 
 
-def from_first_rank(function, *args, **options):
-    """Rank 0's result, or its ConfigError, on every rank: a set is indexed once, not by each of a hundred ranks."""
-    result = None
-    if dist.rank() == 0:
-        try:
-            result = function(*args, **options)
-        except ConfigError as error:
-            result = error
-    result = dist.all_gather_objects(result)[0]
-    if isinstance(result, ConfigError):
-        raise result
-    return result
+class StopSignals:
+    """SIGTERM (torchrun's, Slurm's), SIGUSR1 (Slurm's warning) and Ctrl-C ask for a last checkpoint. Until the loop runs there is
+    nothing to save, and they end the process as ever. A second Ctrl-C, later than torchrun's echo of the first, ends it at once."""
+
+    def __init__(self):
+        self.asked, self.since = "", 0.0
+        self.before = {number: signal.signal(number, self.take) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def take(self, number, frame):
+        if number == signal.SIGINT and self.asked and time.monotonic() - self.since > 2:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self.since = signal.Signals(number).name, time.monotonic()
+            os.write(2, b"\nsaving after this step, then leaving\n")          # print is not safe in a signal handler
 
 
 if __name__ == "__main__":

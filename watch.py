@@ -4,12 +4,14 @@
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
 import os
 import sys
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -26,9 +28,13 @@ MOST_BAD = 0.01          # of all samples; more bad ones than this, and the data
 class Log:
     """Collects what a step returns without waiting for the device; every `log_steps` it waits once, and reports."""
 
-    def __init__(self, c, order, total_steps, step, model, dtype, device):
+    def __init__(self, c, order, total_steps, step, model, dtype, device, state=None):
+        """step, state: where the run is continued from, and what state() gave then."""
+        state = state or {"bad": {}, "window": [], "seen": 0, "skipped": 0}
         self.c, self.order, self.total_steps = c, order, total_steps
-        self.pending, self.bad, self.waited, self.seen = [], {}, 0.0, 0
+        self.skipping = c.skip_nonfinite or dtype == torch.float16              # a float16 scaler finds its scale by skipping
+        self.pending, self.bad, self.waited, self.save_wait, self.unwritten = [], Counter(), 0.0, 0.0, b""
+        self.bad_before, self.window, self.seen, self.skipped = state["bad"], state["window"], state["seen"], state["skipped"]
         self.flops, self.peak = models.forward_flops(model, 1), peak_flops(dtype, device)
         self.text_flops = models.forward_flops(model, model.context_length)["text"] / model.context_length
         self.bar = self.file = self.board = self.wandb = None
@@ -40,7 +46,7 @@ class Log:
                   f"{order.num_samples:,} samples, {order.steps_per_epoch} steps of {c.batch_size} an epoch, {total_steps} in all, "
                   f"{dist.world_size()} rank(s) on {device.type}, {str(dtype)[6:]}; from step {step}; {c.out_dir}", flush=True)
             drop_rows_after(os.path.join(c.out_dir, "metrics.jsonl"), step)
-            self.file = open(os.path.join(c.out_dir, "metrics.jsonl"), "a", buffering=1)
+            self.file = open(os.path.join(c.out_dir, "metrics.jsonl"), "ab", buffering=0)
             self.bar = tqdm(total=total_steps, initial=step, disable=not sys.stderr.isatty(), dynamic_ncols=True, unit="step")
             if c.tensorboard:
                 SummaryWriter = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
@@ -49,50 +55,74 @@ class Log:
                 wandb = optional("wandb", "wandb")
                 self.wandb = wandb.init(project=c.wandb, name=os.path.basename(c.out_dir), dir=c.out_dir)
         self.start = self.since = self.asked = time.monotonic()
-        self.start_step, self.printed = step, -math.inf
+        self.start_step, self.reported, self.printed = step, step, -math.inf
 
     def data_is_ready(self):
         """Call when a batch has arrived: the time since the end of the last step was spent waiting for it."""
         self.waited += time.monotonic() - self.asked
 
-    def step(self, step, batch, out, gamma, optimizer, flush):
-        """Take note of a step; report if it is time, or if `flush`. RuntimeError for a non-finite objective or bad data."""
+    def step(self, step, batch, out, grad_norm, grad_finite, gamma, optimizer):
+        """Take note of a step, and report if it is time. RuntimeError as in collect()."""
         for reason, count in batch.bad.items():
-            self.bad[reason] = self.bad.get(reason, 0) + count
-        self.pending.append((step, batch.ids, batch.tokens.shape[1], torch.stack([out.objective.float(), out.mbcl.float(), out.tau.float()])))
-        if flush or step % self.c.log_steps == 0 or step == self.total_steps:
-            self.report(gamma, optimizer)
+            self.bad[reason] += count
+        values = torch.stack([x.float() for x in (out.objective, out.mbcl, out.tau, grad_norm)])
+        self.pending.append((step, batch.ids, batch.tokens.shape[1], values, out.finite, grad_finite))
+        if step % self.c.log_steps == 0 or step == self.total_steps:
+            self.report(step, gamma, optimizer)
         self.asked = time.monotonic()
 
-    def report(self, gamma, optimizer):
-        values = torch.stack([row[3] for row in self.pending]).double().cpu()         # the only wait for the device
-        for (step, ids, _, _), (objective, _, _) in zip(self.pending, values.tolist()):
-            if not math.isfinite(objective):
-                raise RuntimeError(f"the objective at step {step} is {objective}; sample ids of rank {dist.rank()}: {ids.tolist()}. "
-                                   f"The last checkpoint is from before that step. A lower lr, or fp32, usually helps")
-        now, steps, step = time.monotonic(), len(self.pending), self.pending[-1][0]
-        speed = steps * self.c.batch_size / (now - self.since)
-        text_length = sum(row[2] for row in self.pending) / steps
-        flops = 3 * (self.flops["image"] + self.text_flops * text_length) * speed / dist.world_size()
-        self.seen += steps * self.c.batch_size
-        bad = {}
+    def collect(self):
+        """Wait for the device and look at the steps since the last time, before a report and before a checkpoint. RuntimeError for a
+        non-finite objective or gradient, naming step, ranks and ids, or for too many skipped steps or bad samples."""
+        values = torch.stack([row[3] for row in self.pending]).double().cpu().tolist() if self.pending else []
+        for (step, ids, text_length, _, finite, grad_finite), (objective, mbcl, tau, grad_norm) in zip(self.pending, values):
+            self.seen += 1
+            if math.isfinite(objective) and math.isfinite(grad_norm):
+                self.window.append([objective, mbcl, tau, grad_norm, text_length])
+                continue
+            self.skipped += 1                               # the same on all ranks, for all know the same sums
+            wrong = ids[~finite.cpu()].tolist() or ([] if grad_finite else ids.tolist())
+            where = "; ".join(f"on rank {r}, sample ids {', '.join(map(str, ids[:8]))}{' and ' * (len(ids) > 8)}{len(ids[8:]) or ''}"
+                              f"{' more' * (len(ids) > 8)}" for r, ids in enumerate(dist.all_gather_objects(wrong)) if ids)
+            what = f"step {step}: the {'gradient' if math.isfinite(objective) else 'objective'} is not finite: {where or 'only in the sum over all ranks'}"
+            if not self.skipping:
+                raise RuntimeError(f"{what}. Checkpoints are from before that step. A lower lr, or fp32, usually helps; "
+                                   f"--skip_nonfinite=True leaves such steps out")
+            if dist.rank() == 0:
+                tqdm.write(f"skipped {what}")
+        self.pending = []
+        bad = Counter(self.bad_before)
         for counts in dist.all_gather_objects(self.bad):
-            for reason, count in counts.items():
-                bad[reason] = bad.get(reason, 0) + count
-        if sum(bad.values()) > max(10, MOST_BAD * self.seen):
-            raise RuntimeError(f"{sum(bad.values())} of {self.seen} samples are bad: {bad}; look at the data (python data.py index --verify ...)")
+            bad.update(counts)
+        for count, of, what in ((sum(bad.values()), self.seen * self.c.batch_size, f"samples are bad: {dict(bad)}; look at the data (python data.py index --verify ...)"),
+                                (self.skipped, self.seen, "steps were not finite; a lower lr, or fp32, usually helps")):
+            if count > max(10, MOST_BAD * of):
+                raise RuntimeError(f"{count} of {of} {what}")
+        return dict(bad)
+
+    def state(self):
+        """What a checkpoint keeps, so that the rows of a run that was continued are those of one that was not."""
+        return {"bad": self.collect(), "window": self.window, "seen": self.seen, "skipped": self.skipped}
+
+    def report(self, step, gamma, optimizer):
+        bad = self.collect()
+        now, rows = time.monotonic(), self.window or [[math.nan] * 5]
+        steps = step - self.reported
+        speed = steps * self.c.batch_size / (now - self.since)
+        objective, mbcl, _, grad_norm, text_length = (sum(column) / len(rows) for column in zip(*rows))
+        flops = 3 * (self.flops["image"] + self.text_flops * text_length) * speed / dist.world_size()
         groups = {g["name"]: g["lr"] for g in optimizer.param_groups}
         row = {"step": step, "epoch": step / self.order.steps_per_epoch, "samples": step * self.c.batch_size,
-               "objective": values[:, 0].mean().item(), "mbcl": values[:, 1].mean().item(), "tau": values[-1, 2].item(), "gamma": gamma,
+               "objective": objective, "mbcl": mbcl, "tau": rows[-1][2], "grad_norm": grad_norm, "gamma": gamma,
                "lr": groups["decay"], "lr_tau": groups.get("tau", 0.0), "samples_per_second": speed, "mfu": flops / self.peak,
-               "data_wait": self.waited / (now - self.since), "bad": bad}
-        self.pending, self.waited, self.since = [], 0.0, now
+               "data_wait": self.waited / (now - self.since), "save_wait": self.save_wait, "skipped": self.skipped, "bad": bad}
+        self.window, self.waited, self.save_wait, self.since, self.reported = [], 0.0, 0.0, now, step
         self.write(row)
         if self.bar is not None:
             done = (step - self.start_step) / (now - self.start)
             line = (f"objective {row['objective']:.4f}  mbcl {row['mbcl']:.3f}  tau {row['tau']:.4f}  gamma {gamma:.2f}  lr {row['lr']:.1e}  "
                     f"{speed:.0f} samples/s ({speed / dist.world_size():.0f} per rank)  mfu {row['mfu']:.0%}  data wait {row['data_wait']:.0%}"
-                    + (f"  bad {sum(bad.values())}" if bad else ""))
+                    + (f"  bad {sum(bad.values())}: {bad}" if bad else "") + (f"  skipped {self.skipped}" if self.skipped else ""))
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(line)
             if self.bar.disable and (now - self.printed > 10 or self.c.log_steps == 1 or step == self.total_steps):
@@ -103,21 +133,40 @@ class Log:
         self.write({"step": step, **{f"eval/{key}": value for key, value in results.items()}})
         if dist.rank() == 0:
             tqdm.write(f"step {step}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items()))
-        self.restart_clock()
 
-    def restart_clock(self):
-        """What was done since the last report, saving or evaluating, is neither training nor waiting for data."""
-        self.asked = self.since = time.monotonic()
+    def has_evaluation(self, step):
+        """Is the evaluation after this step in metrics.jsonl? (On rank 0.)"""
+        with open(self.file.name) as f:
+            return any(row["step"] == step and any(key.startswith("eval/") for key in row) for row in map(json.loads, f))
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Inside, time is neither training nor waiting for data."""
+        start = time.monotonic()
+        yield
+        self.asked = time.monotonic()
+        self.since += self.asked - start
 
     def write(self, row):
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
+            self.unwritten += json.dumps(row).encode() + b"\n"
+            try:                                            # a full disk must not end the training: rows wait for room
+                while self.unwritten:
+                    self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+            except OSError as error:
+                print(f"warning: {self.file.name} cannot be written, {len(self.unwritten)} bytes wait: {error}", file=sys.stderr, flush=True)
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         if self.board:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, row["step"])
         if self.wandb:
             self.wandb.log(numbers, step=row["step"])
+
+    def left(self, step, reason):
+        """The last word of a job that ends before its run does."""
+        if dist.rank() == 0:
+            self.bar.close()
+            print(f"stopped after step {step} of {self.total_steps} ({reason}); it is saved: continue with --resume=auto", flush=True)
 
     def finish(self):
         if dist.rank() == 0:
@@ -139,8 +188,14 @@ def optional(module, package):
 
 def drop_rows_after(path, step):
     """A run that is continued from `step` repeats the steps after it: their old rows go."""
+    def keep(line):
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):           # what a crash has left
+            return False
     if os.path.exists(path):
-        rows = [line for line in open(path) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path, errors="replace") as f:
+            rows = [line for line in f if keep(line)]
         with open(path + ".partial", "w") as f:
             f.writelines(rows)
         os.replace(path + ".partial", path)

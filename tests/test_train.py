@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, sets):
     path = os.path.join(out, "checkpoints", "step-00000002", "train.pt")
     with open(path, "r+b") as f:
         f.truncate(1000)
-    refused("train.pt cannot be read", **base, resume="auto")
+    refused("train.pt is not what was written (1000 bytes", **base, resume="auto")
 
 
 def test_plan_needs_neither_data_nor_gpu(capsys):
