@@ -268,7 +268,7 @@ def find(config, names=None):
         raise ConfigError(f"{config.out_dir} already holds a run, saved at {there[0]}. Continue it with --resume=auto, "
                           f"choose another --out_dir, or delete that folder")
     try:
-        with open(os.path.join(root, "latest")) as f:
+        with open(os.path.join(root, "latest"), errors="replace") as f:
             latest = f.read().strip()
     except OSError:
         latest = ""

@@ -161,6 +161,7 @@ def main(argv):
             if leave or due or step % (c.save_steps or order.steps_per_epoch) == 0:
                 watchdog.beat(f"step {step}, saving")
                 with log.pause():
+                    saver.commit()                               # the one before, before anything can be found wrong with this one
                     log.save_wait += saver.save(step, log.state())
                 saved = time.monotonic()
             elif not still_writing:
@@ -170,7 +171,7 @@ def main(argv):
             if leave:
                 break
             now = time.monotonic()
-            agreement.ask(stop.asked or now - started > configs.stop_seconds(c),
+            agreement.ask(bool(stop.asked) or now - started > configs.stop_seconds(c),
                           dist.rank() == 0 and bool(c.save_minutes) and now - saved > 60 * c.save_minutes, saver.writing())
             watchdog.beat(f"step {step + 1}, waiting for data")
         watchdog.beat(f"step {step}, saving")
@@ -180,8 +181,11 @@ def main(argv):
         if step == total_steps:
             log.finish()
         else:
-            log.left(step, stop.asked or "on another rank's signal, or stop_after")
+            late = step == last_step or time.monotonic() - started > configs.stop_seconds(c)
+            log.left(step, stop.asked or (f"stop_after = {c.stop_after}" if late else "another rank was asked to stop"))
     except Exception as error:
+        if saver and dist.world_size() == 1:
+            saver.commit()                                       # what is being written is from before the error
         watchdog.failed(error)
         raise
     finally:

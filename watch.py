@@ -210,7 +210,7 @@ def duration(seconds):
 def peak_flops(dtype, device):
     """Matrix-multiply rate measured here, FLOP/s: what MFU is a share of."""
     n = 8192 if device.type == "cuda" else 768
-    a = torch.randn(n, n, dtype=dtype, device=device)
+    a = torch.randn(n, n, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)     # the global generator is the run's
     best = math.inf
     for _ in range(5):
         synchronize(device)

@@ -34,6 +34,7 @@ class Watchdog:
     def __init__(self, timeout):
         self.timeout, self.pulse, self.silence = timeout, min(1.0, timeout / 10), min(SILENCE, timeout / 2)
         self.where, self.since, self.done, self.store = "start-up", time.monotonic(), threading.Event(), None
+        self.ending = threading.Lock()
         if dist.world_size() > 1 and "MASTER_ADDR" in os.environ:
             store = c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                   timeout=datetime.timedelta(seconds=timeout))
@@ -53,7 +54,8 @@ class Watchdog:
     def watch(self):
         while not self.done.wait(self.pulse):
             if time.monotonic() - self.since > self.timeout:
-                self.end(f"nothing has finished for {self.timeout:g} s after {self.where}. {self.cause()} (To wait longer: --timeout)", trace=True)
+                cause = self.cause()
+                self.end(f"gives up: nothing has finished for {self.timeout:g} s after {self.where}. {cause} (To wait longer: --timeout)", cause, trace=True)
 
     def talk(self):
         beats, neighbour, heard, since = 0, (dist.rank() + 1) % dist.world_size(), None, time.monotonic()
@@ -63,12 +65,13 @@ class Watchdog:
                 self.store.set(str(dist.rank()), f"{beats}|{sum(dist.calls.values())}|{self.where}")
                 if self.store.check(["failed"]):
                     reason = self.store.get("failed").decode()
-                    self.end(f"ends at {self.where}, because {reason}", trace=f"rank {dist.rank()} hangs" in reason)
+                    self.end(f"ends at {self.where}, because {reason}", reason, trace=f"rank {dist.rank()} hangs" in reason)
                 pulse = self.pulses([neighbour])[neighbour]
                 if pulse != heard:
                     heard, since = pulse, time.monotonic()
                 elif pulse != GONE and time.monotonic() - since > self.silence:
-                    self.end(f"ends at {self.where}, because {silent([neighbour], {neighbour: pulse})}")
+                    reason = silent([neighbour], {neighbour: pulse})
+                    self.end(f"ends at {self.where}, because {reason}", reason)
             except Exception as error:                  # torch raises RuntimeError or DistError, and may raise others
                 if not self.done.is_set():
                     self.end(f"ends at {self.where}, because the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} no longer "
@@ -101,7 +104,8 @@ class Watchdog:
     def failed(self, error):
         """Tell all ranks of the exception that ends this one. Where it only echoes another rank's end, this does not return."""
         if is_echo(error):
-            self.end(f"cannot go on at {self.where}: {self.cause()} ({type(error).__name__}: {str(error).splitlines()[0]})")
+            cause = self.cause()
+            self.end(f"cannot go on at {self.where}: {cause} ({type(error).__name__}: {str(error)[:160]})", cause)
         if not isinstance(error, ConfigError):          # the command line shows those in one line
             print(f"error: rank {dist.rank()}, {self.where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         self.post(f"rank {dist.rank()} failed at {self.where}: {type(error).__name__}: {error}")
@@ -112,12 +116,15 @@ class Watchdog:
             if dist.rank() == 0:
                 time.sleep(2.5 * self.pulse)            # the store may live in this process: let the others read it
 
-    def end(self, message, trace=False):
-        print(f"error: rank {dist.rank()} {message}", file=sys.stderr, flush=True)
-        if trace:
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self.post(message[message.find("because ") + 8:] if "because " in message else f"rank {dist.rank()} {message}")
-        os._exit(1)                                     # the main thread may be in a collective, where no exception reaches it
+    def end(self, message, reason="", trace=False):
+        """Print the message, give the others the reason, and end the process: the main thread may be where no exception reaches it."""
+        with self.ending:                               # the first thread that comes is the one that speaks
+            self.done.set()
+            print(f"error: rank {dist.rank()} {message}", file=sys.stderr, flush=True)
+            if trace:
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            self.post(reason or f"rank {dist.rank()} {message}")
+            os._exit(1)
 
 
 def silent(ranks, pulses):

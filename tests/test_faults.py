@@ -1,0 +1,531 @@
+"""Every fault that a run can meet, made to happen: what it says, what it leaves, and that the run goes on as if nothing had been."""
+
+import glob
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import config
+import dist
+import faults
+import optim
+import train as training
+from conftest import ROOT
+from loss import ContrastiveLoss
+from test_train import TINY, refused, sets, train, weights, words_of      # noqa: F401 (sets is a fixture)
+
+RUN = dict(algorithm="fastclip-v2", max_steps=12, save_steps=4, keep=9, log_steps=3, timeout=40)
+AT_ONCE = dict(save_background=False)       # where a test must know which checkpoint is there at which moment
+ALL = ["openclip", "sogclr", "isogclr", "fastclip-v0", "fastclip-v1", "fastclip-v2", "fastclip-v3"]
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing them takes longer than these runs do, and test_train.py looks at them."""
+    monkeypatch.setattr("watch.plot", lambda folders, out: out)
+
+
+@pytest.fixture
+def fault():
+    """fault("raise@5:0"): the next training in this process meets it."""
+    yield lambda text: faults.install(faults.parse(text))
+    training.train_step = faults.plain_step
+
+
+def start(script, first, out_dir, sets, ranks, **changes):              # noqa: F811
+    """Ranks of one run, started by hand and not by torchrun, so that nobody helps them to end -> list of Popen."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    settings = {**TINY, **RUN, "train_data": sets["train_data"], "out_dir": out_dir, **changes}
+    command = [sys.executable, os.path.join(ROOT, script), *first, *words_of(**settings)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [subprocess.Popen(command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(ranks)]
+
+
+def ends(processes, seconds=120):
+    """-> [(exit status, what it printed)]; a process that does not end is a failure."""
+    try:
+        shown = [p.communicate(timeout=seconds) for p in processes]
+    except subprocess.TimeoutExpired:
+        for p in processes:
+            p.kill()
+        raise AssertionError("does not end:\n" + "\n".join("".join(p.communicate()) for p in processes)) from None
+    return [(p.returncode, out + err) for p, (out, err) in zip(processes, shown)]
+
+
+def newest(out_dir):
+    return os.path.basename(checkpoint.find(config.Config(out_dir=out_dir, resume="auto")))
+
+
+def measured(out_dir):
+    """metrics.jsonl, without what a clock measured."""
+    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    return [{k: v for k, v in row.items() if k not in ("samples_per_second", "mfu", "data_wait", "save_wait")} for row in rows]
+
+
+def files_of(folder):
+    return {name: torch.load(os.path.join(folder, name), weights_only=True) for name in sorted(os.listdir(folder)) if name.endswith(".pt")}
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("config", "resume"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def assert_same_run(a, b, step=12):
+    """Weights, moments, temperatures, u-state, the log's memory: bit for bit; and the metrics."""
+    a, b = ([os.path.join(out, "checkpoints", f"step-{step:08d}"), out] for out in (a, b))
+    files_a, files_b = files_of(a[0]), files_of(b[0])
+    assert files_a.keys() == files_b.keys()
+    for name in files_a:
+        assert same(files_a[name], files_b[name]), name
+    assert measured(a[1]) == measured(b[1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, sets):                                      # noqa: F811
+    """An uninterrupted run of two ranks."""
+    out = str(tmp_path_factory.mktemp("whole") / "run")
+    for status, shown in ends(start("train.py", [], out, sets, 2)):
+        assert status == 0, shown
+    return out
+
+
+# ---- a rank that fails ----
+
+@pytest.mark.parametrize("kind, status, words", [
+    ("kill", -9, r"rank 1 no longer answers, it was last heard of at step \d"),
+    ("hang", 1, r"rank 1 hangs at step 6: it has begun \d+ collectives, others \d+"),
+    ("raise", 1, r"rank 1 failed at step 6: ValueError: boom")])
+def test_a_rank_that_fails_ends_the_others(tmp_path, sets, whole, kind, status, words):         # noqa: F811
+    """Within the time-out the other rank says which one it was, and where; the run then goes on as if nothing had been."""
+    out = str(tmp_path / "run")
+    timeout = 15 if kind == "hang" else 40
+    began = time.monotonic()
+    (status0, shown0), (status1, shown1) = ends(start("tests/faults.py", [f"{kind}@6:1"], out, sets, 2, timeout=timeout, **AT_ONCE))
+    assert status0 == 1 and status1 == status, shown0 + shown1
+    assert re.search(words, shown0) and "rank 0" in shown0, shown0
+    assert time.monotonic() - began < 100
+    if kind == "raise":
+        assert "error: rank 1, step 6: ValueError: boom" in shown1
+    if kind == "hang":
+        assert "time.sleep" in shown1 or "faults.py" in shown1, shown1            # where it hung
+    assert newest(out) == "step-00000004"
+    if kind == "kill":
+        for status, shown in ends(start("train.py", [], out, sets, 2, resume="auto")):
+            assert status == 0, shown
+        assert_same_run(whole, out)
+
+
+def test_a_first_rank_that_is_killed_takes_the_store_with_it(tmp_path, sets):                   # noqa: F811
+    """Without torchrun's agent the ranks' key-value store lives in rank 0: then there is nobody left to ask, which is said."""
+    (_, _), (status, shown) = ends(start("tests/faults.py", ["kill@3:0"], str(tmp_path / "run"), sets, 2))
+    assert status == 1 and "rank 1" in shown and "step 3" in shown and "first host" in shown, shown
+
+
+# ---- asked to stop ----
+
+@pytest.mark.parametrize("name", ["TERM", "USR1", "INT"])
+def test_a_signal_saves_and_leaves(tmp_path, sets, fault, capsys, name):                        # noqa: F811
+    """And the run that is continued equals one that was never asked, rows of the metrics included (one in three steps)."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    train(one, sets, **RUN)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    fault(f"{name}@5:0")
+    train(two, sets, **RUN)
+    assert newest(two) == "step-00000006" and f"stopped after step 6 of 12 (SIG{name})" in capsys.readouterr().out
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    train(two, sets, **RUN, resume="auto")
+    assert_same_run(one, two)
+
+
+def test_a_signal_to_one_rank_stops_all_under_torchrun(tmp_path, sets, whole):                  # noqa: F811
+    """One rank of two gets SIGUSR1, later torchrun gets SIGTERM: both times both ranks save the same step and end in good order."""
+    out = str(tmp_path / "run")
+    settings = {**TINY, **RUN, "train_data": sets["train_data"], "out_dir": out, "resume": "auto"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(torchrun + [os.path.join(ROOT, "tests", "faults.py"), "USR1@3:1", *words_of(**settings)], env=env,
+                         capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0 and "stopped after step 4 of 12" in run.stdout, run.stdout + run.stderr
+    assert newest(out) == "step-00000004"
+    agent = subprocess.Popen(torchrun + [os.path.join(ROOT, "train.py"), *words_of(**{**settings, "epochs": 50, "max_steps": 0})], env=env,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in agent.stdout:
+        if line.startswith("step "):
+            break
+    agent.send_signal(signal.SIGTERM)
+    shown = agent.communicate(timeout=60)[0]
+    assert re.search(r"stopped after step \d+ of 300 \(SIGTERM\)", shown), shown
+    step = int(re.search(r"stopped after step (\d+)", shown)[1])
+    assert newest(out) == f"step-{step:08d}" and step > 5
+
+
+@pytest.mark.parametrize("stop_after", [5, "0.05s"])
+def test_a_chain_of_jobs_equals_one(tmp_path, sets, capsys, stop_after):                        # noqa: F811
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    settings = {**RUN, "max_steps": 7}
+    train(one, sets, **settings)
+    jobs = 0
+    while jobs == 0 or newest(two) != "step-00000007":
+        train(two, sets, **settings, resume="auto", stop_after=stop_after)
+        jobs += 1
+        assert jobs < 12
+    assert jobs == 2 if stop_after == 5 else jobs > 2
+    train(two, sets, **settings, resume="auto", stop_after=stop_after)               # a link too many does no harm
+    assert "done in" in capsys.readouterr().out.splitlines()[-1]
+    assert_same_run(one, two, 7)
+
+
+def test_a_finished_evaluation_is_not_lost(tmp_path, sets):                                     # noqa: F811
+    """Killed between the last checkpoint and its evaluation, a run started again does the evaluation, and only that."""
+    out = str(tmp_path / "run")
+    settings = dict(max_steps=4, save_steps=4, log_steps=2, eval_data=sets["eval_data"])
+    rows = train(out, sets, **settings)
+    assert "eval/zeroshot_top1" in rows[-1]
+    with open(os.path.join(out, "metrics.jsonl"), "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows[:-1])
+        f.write('{"step": 4, "eval/zero')                                           # torn by a crash
+    assert train(out, sets, **settings, resume="auto") == rows
+    assert train(out, sets, **settings, resume="auto") == rows
+
+
+# ---- not a number ----
+
+@pytest.mark.parametrize("kind, words", [("feature", "the objective is not finite: on rank 0, sample ids"),
+                                         ("gradient", "the gradient is not finite: on rank 0, sample ids")])
+def test_not_finite_stops_with_step_and_ids(tmp_path, sets, fault, kind, words):                # noqa: F811
+    """It stops before anything is saved of it, although a save is due at that step; the checkpoint before is good."""
+    out = str(tmp_path / "run")
+    fault(f"{kind}@8:0")
+    with pytest.raises(RuntimeError, match=f"step 8: {words}"):
+        train(out, sets, **RUN)
+    assert newest(out) == "step-00000004"
+    train(out, sets, **RUN, resume="auto")
+    assert newest(out) == "step-00000012"
+
+
+def test_not_finite_on_one_of_two_ranks_names_it(tmp_path, sets):                               # noqa: F811
+    for status, shown in ends(start("tests/faults.py", ["gradient@3:1"], str(tmp_path / "run"), sets, 2, log_steps=1)):
+        assert status == 1 and re.search(r"step 3: the gradient is not finite: on rank 1, sample ids \d+, ", shown), shown
+
+
+@pytest.mark.parametrize("model", [{}, dict(model="RN50", patch_size=None, vision_layers="(1,1,1,1)", vision_width=8)])
+def test_steps_that_are_not_finite_can_be_skipped(tmp_path, sets, fault, capsys, model):        # noqa: F811
+    out = str(tmp_path / "run")
+    fault("feature@5:0,gradient@7:0")
+    rows = train(out, sets, **{**RUN, **model}, skip_nonfinite=True)
+    assert rows[-1]["skipped"] == 2 and all(torch.isfinite(torch.tensor([row["objective"], row["grad_norm"]])).all() for row in rows)
+    assert "skipped step 5: the objective" in (shown := capsys.readouterr().out) and "skipped step 7: the gradient" in shown
+    for content in files_of(os.path.join(out, "checkpoints", "step-00000012")).values():
+        for tensor in [*content.get("state_dict", {}).values(), *([content["table"][:, 2:]] if "table" in content else [])]:
+            assert torch.isfinite(tensor.float()).all()
+
+
+def test_too_many_skipped_steps_stop(tmp_path, sets, fault):                                    # noqa: F811
+    fault(",".join(f"feature@{step}:0" for step in range(2, 20)))
+    with pytest.raises(RuntimeError, match="11 of 12 steps were not finite"):
+        train(str(tmp_path / "run"), sets, **{**RUN, "max_steps": 24, "log_steps": 1}, skip_nonfinite=True)
+
+
+# ---- saving ----
+
+class Little:
+    """A model, an optimizer and a state, with which checkpoints can be made in a millisecond."""
+
+    def __init__(self, out_dir, **changes):
+        self.c = config.Config(out_dir=str(out_dir), **changes)
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(64, 16))
+        self.optimizer = torch.optim.AdamW([dict(name="decay", params=self.model.parameters())])
+        self.loss = ContrastiveLoss("fastclip-v2", 100)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.saver = checkpoint.Saver(self.c, self.model, self.optimizer, self.loss, self.scaler)
+
+    def step(self):
+        self.model(torch.ones(2, 64)).sum().backward()
+        self.optimizer.step()
+        self.loss.state.table += 1
+
+
+def test_what_is_saved_is_the_moment_of_saving(tmp_path, monkeypatch):
+    """Training goes on while the file is written: none of it gets into the checkpoint."""
+    little, slow = Little(tmp_path), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: (time.sleep(0.2), slow(*args))[1])
+    little.step()
+    before = {k: v.clone() for k, v in little.model.state_dict().items()}
+    waited = little.saver.save(1, {})
+    assert little.saver.writing() and waited < 0.15
+    little.step()
+    assert little.saver.commit() and little.saver.newest.endswith("step-00000001")
+    saved = files_of(little.saver.newest)
+    assert same(saved["model.pt"]["state_dict"], before) and not same(little.model.state_dict(), before)
+    assert saved["state-00000-of-00001.pt"]["table"][0, 2] == pytest.approx(1.03)
+    assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=little.saver.newest, capture_output=True).returncode == 0
+
+
+def test_killed_at_every_point_of_a_save(tmp_path, monkeypatch):
+    """A process that dies at the n-th file operation of saving, for every n: there is always a whole checkpoint to go on from."""
+    kills = 0
+    for n in range(1, 100):
+        out = tmp_path / str(n)
+        little = Little(out, keep=1, save_background=False)
+        little.step()
+        little.saver.save(1, {})
+        little.step()
+        child = os.fork()
+        if child == 0:
+            left = [n]
+            def dies(function):
+                def call(*args, **options):
+                    left[0] -= 1
+                    if left[0] == 0:
+                        os._exit(9)
+                    return function(*args, **options)
+                return call
+            for module, names in ((checkpoint, ("write", "flush", "flush_folder", "remove")), (checkpoint.os, ("rename", "replace", "makedirs", "fsync"))):
+                for name in names:
+                    setattr(module, name, dies(getattr(module, name)))
+            little.saver.save(2, {})
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9)
+        found = newest(str(out))
+        assert found == "step-00000002" if status == 0 else found in ("step-00000001", "step-00000002")
+        little.saver.close()
+        again = Little(out)                                              # the next run clears away what is left
+        assert not glob.glob(str(out / "checkpoints" / "*.partial"))
+        again.saver.close()
+        if status == 0:
+            break
+        kills += 1
+    assert kills > 15 and status == 0
+    print(f"{kills} places")
+
+
+def test_a_damaged_checkpoint_is_found_out_and_the_one_before_is_used(tmp_path, capsys):
+    """Every file of the newest checkpoint truncated, flipped in one bit at a random place, emptied, removed; `latest` too."""
+    little = Little(tmp_path / "run", keep=3, save_background=False)
+    for step in (1, 2, 3):
+        little.step()
+        little.saver.save(step, {})
+    little.saver.close()
+    draw, tried = random.Random(0), 0
+    root = tmp_path / "run" / "checkpoints"
+    for name in os.listdir(root / "step-00000003"):
+        path = root / "step-00000003" / name
+        good = path.read_bytes()
+        flips = [bytes([*good[:i], good[i] ^ 1 << draw.randrange(8), *good[i + 1:]]) for i in (draw.randrange(len(good) - 1) for _ in range(12))]
+        for bad in (*flips, good[:-2], good[:len(good) // 2], good + b"x", b"", None):
+            path.unlink() if bad is None else path.write_bytes(bad)
+            assert newest(str(tmp_path / "run")) == "step-00000002", (name, bad)
+            shown = capsys.readouterr().err
+            assert "step-00000003 is damaged: " in shown and "continuing from step-00000002" in shown
+            path.write_bytes(good)
+            tried += 1
+    for latest, expected in ((b"", "step-00000003"), (b"\xff\x00garbage", None), (b"step-00000002", "step-00000002"), (None, "step-00000003")):
+        (root / "latest").unlink() if latest is None else (root / "latest").write_bytes(latest)
+        assert newest(str(tmp_path / "run")) == (expected or "step-00000003")
+        tried += 1
+        (root / "latest").write_bytes(b"step-00000003")
+    for step in (1, 2, 3):
+        os.truncate(root / f"step-{step:08d}" / "model.pt", 10)
+    with pytest.raises(config.ConfigError, match="all checkpoints in .* are damaged .*step-00000001: model.pt"):
+        newest(str(tmp_path / "run"))
+    with pytest.raises(config.ConfigError, match="step-00000002 cannot be used: model.pt"):
+        checkpoint.find(config.Config(resume=str(root / "step-00000002")))
+    print(f"{tried} damages")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_training(tmp_path, sets, monkeypatch, capsys):     # noqa: F811
+    """A small file system that fills up, where one may be mounted; else the error that it gives. The save after it succeeds again."""
+    out, real = str(tmp_path / "run"), checkpoint.write
+    settings = {**RUN, "max_steps": 12, "save_steps": 4, "keep": 2}
+    mounted = hasattr(os, "geteuid") and os.geteuid() == 0 and os.makedirs(out) is None and \
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", out], capture_output=True).returncode == 0
+    ballast, calls = os.path.join(out, "ballast"), []
+
+    def write(path, content):
+        if path.endswith("train.pt"):
+            calls.append(path)
+        if path.endswith("train.pt") and len(calls) == 2:                    # the second checkpoint
+            if not mounted:
+                raise OSError(28, "No space left on device", path)
+            with open(ballast, "wb", buffering=0) as f:
+                try:
+                    while f.write(bytes(1 << 20)):
+                        pass
+                except OSError:
+                    pass
+        elif os.path.exists(ballast):
+            os.remove(ballast)
+        return real(path, content)
+    monkeypatch.setattr(checkpoint, "write", write)
+    try:
+        rows = train(out, sets, **settings)
+        shown = capsys.readouterr().err
+        assert "step-00000008 could not be saved: rank 0 on" in shown and "No space left on device" in shown
+        assert "GB free" in shown and "newest good checkpoint is" in shown and "step-00000004" in shown
+        assert rows[-1]["step"] == 12 and newest(out) == "step-00000012"
+        assert sorted(os.listdir(os.path.join(out, "checkpoints"))) == ["latest", "step-00000004", "step-00000012"]
+        calls.clear()
+        calls.append("so that the last save is the one that fails")
+        with pytest.raises(RuntimeError, match="the last checkpoint could not be saved"):
+            train(out, sets, **{**settings, "max_steps": 16, "save_steps": 20}, resume="auto")
+        assert newest(out) == "step-00000012"
+    finally:
+        if mounted:
+            subprocess.run(["umount", out])
+
+
+def test_rows_of_the_metrics_wait_for_a_full_disk(tmp_path, sets, monkeypatch, capsys):         # noqa: F811
+    out = str(tmp_path / "run")
+    steps = []
+
+    def full_for_a_while(*args):
+        log = [frame.f_locals["log"] for frame in frames() if "log" in frame.f_locals][0]
+        steps.append(log.file)
+        log.file = open("/dev/full", "wb", buffering=0) if 3 <= len(steps) < 6 else steps[0]
+        return faults.plain_step(*args)
+
+    def frames():
+        frame = sys._getframe()
+        while frame:
+            yield frame
+            frame = frame.f_back
+    monkeypatch.setattr(training, "train_step", full_for_a_while)
+    rows = train(out, sets, max_steps=8)
+    assert [row["step"] for row in rows] == list(range(1, 9)) and "bytes wait" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    little = Little(tmp_path)
+    little.saver.save(1, {})
+    little.saver.commit()
+    little.model[0].bias.data[3] = float("inf")
+    with pytest.raises(RuntimeError, match="0.bias is not finite after step 2, which is not saved. The newest good checkpoint is .*step-00000001"):
+        little.saver.save(2, {})
+
+
+def test_every_m_minutes(tmp_path, sets):                                                       # noqa: F811
+    out = str(tmp_path / "run")
+    train(out, sets, **{**RUN, "save_steps": 100}, save_minutes=1e-6)
+    saved = [name for name in os.listdir(os.path.join(out, "checkpoints")) if name.startswith("step")]
+    assert len(saved) >= 5 and "step-00000012" in saved
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        assert sum(json.loads(line)["save_wait"] for line in f) > 0
+
+
+def test_written_beside_or_at_once_is_the_same(tmp_path, sets):                                 # noqa: F811
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    train(one, sets, **RUN)
+    train(two, sets, **RUN, save_background=False)
+    for step in (4, 8, 12):
+        assert_same_run(one, two, step)
+
+
+# ---- resuming ----
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_resume_is_bit_for_bit(tmp_path, sets, algorithm):                                      # noqa: F811
+    """Stopped at step 5, inside an epoch of 6 and between two rows of the metrics, and continued with other workers."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    settings = {**RUN, "algorithm": algorithm}
+    train(one, sets, **settings)
+    train(two, sets, **settings, stop_after=5)
+    assert newest(two) == "step-00000005"
+    train(two, sets, **settings, resume="auto", workers=2 if algorithm == "fastclip-v3" else 0)
+    assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("changes", [dict(model="RN50", patch_size=None, vision_layers="(1,1,1,1)", vision_width=8, micro_batch=16),
+                                     dict(optimizer="lamb"), dict(optimizer="lion"), dict(optimizer="sgdm")])
+def test_resume_is_bit_for_bit_with_batchnorm_micro_batches_and_any_optimizer(tmp_path, sets, changes):     # noqa: F811
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    settings = {**RUN, "algorithm": "fastclip-v3", "max_steps": 7, **changes}
+    train(one, sets, **settings)
+    train(two, sets, **settings, stop_after=3)
+    train(two, sets, **settings, resume="auto")
+    assert_same_run(one, two, 7)
+
+
+def test_four_two_eight_and_one_ranks_in_one_epoch(tmp_path, sets, monkeypatch):                # noqa: F811
+    """The world changes in the middle of an epoch of 6 steps: each sample is seen exactly once, and it all equals one rank's run."""
+    one, out, ids = str(tmp_path / "one"), str(tmp_path / "run"), tmp_path / "ids"
+    settings = dict(algorithm="fastclip-v2", epochs=1, save_steps=100, log_steps=1)
+    train(one, sets, **settings)
+    monkeypatch.setenv("FASTCLIP_IDS", str(ids))
+    for ranks, steps in ((4, 2), (2, 1), (8, 1)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+                   os.path.join(ROOT, "tests", "faults.py"), "", *words_of(**{**TINY, **settings, "train_data": sets["train_data"],
+                                                                              "out_dir": out, "resume": "auto", "stop_after": steps})]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert run.returncode == 0, run.stderr
+    assert newest(out) == "step-00000004"
+    faults.install({})
+    try:
+        train(out, sets, **settings, resume="auto")
+    finally:
+        training.train_step = faults.plain_step
+    seen = [int(i) for i in ids.read_text().split()]
+    assert sorted(seen) == list(range(384))
+    for a, b in zip(measured(one), measured(out)):
+        assert {k: v for k, v in a.items() if isinstance(v, float)} == pytest.approx({k: v for k, v in b.items() if isinstance(v, float)}, rel=2e-4)
+    (model, train_pt, state), (model2, train_pt2, state2) = weights(one), weights(out)
+    for name in model:
+        torch.testing.assert_close(model2[name], model[name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state2, state, rtol=1e-3, atol=1e-4)
+
+
+# ---- safety ----
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path, sets):                                   # noqa: F811
+    first = Little(tmp_path / "run")
+    refused("another run is writing to", "--out_dir", out_dir=str(tmp_path / "run"), train_data=sets["train_data"])
+    first.saver.close()
+    Little(tmp_path / "run").saver.close()
+
+
+def test_nothing_is_writable_by_everybody(tmp_path, sets):                                      # noqa: F811
+    before = os.umask(0)
+    try:
+        train(str(tmp_path / "run"), sets, max_steps=2)
+    finally:
+        os.umask(before)
+    paths = [os.path.join(folder, name) for folder, folders, names in os.walk(tmp_path / "run") for name in [*folders, *names]]
+    assert len(paths) > 8 and not [p for p in [str(tmp_path / "run"), *paths] if os.stat(p).st_mode & stat.S_IWOTH]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/fastclip-was-here",)
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    torch.save({"state_dict": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(config.ConfigError, match="cannot be read"):
+        checkpoint.read(str(tmp_path / "model.pt"))
+    assert not os.path.exists("/tmp/fastclip-was-here")
+    for path in glob.glob(os.path.join(ROOT, "*.py")):
+        for call in re.findall(r"torch\.load\(.*", open(path).read()):
+            assert "weights_only=True" in call, (path, call)
