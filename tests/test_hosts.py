@@ -87,19 +87,20 @@ def agents(hosts, out_dir, settings):
         yield running
     finally:
         for agent in running:
-            for pid in ranks(agent):
+            for pid in ranks(agent):                 # none, unless the test has failed
                 os.kill(pid, signal.SIGKILL)
             agent.kill()
             agent.wait()
 
 
 def ranks(agent):
-    """The processes of an agent's ranks that have not ended. (One that has is a zombie until the agent takes note.)"""
-    if agent.poll() is not None:
-        return []
-    with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as f:
-        children = f.read().split()
-    return [int(pid) for pid in children if open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"]
+    """The processes of an agent's ranks that have not ended. (One that has is a zombie, Z, until the agent takes note.)"""
+    alive = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):           # what ends while we look has ended
+        for pid in open(f"/proc/{agent.pid}/task/{agent.pid}/children").read().split() if agent.poll() is None else ():
+            if open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z":
+                alive.append(int(pid))
+    return alive
 
 
 def printed(out_dir):
@@ -108,8 +109,8 @@ def printed(out_dir):
 
 def one_host(out_dir, settings):
     """4 ranks of one agent -> what they printed."""
-    result = subprocess.run([*TORCHRUN, "--standalone", "--nproc_per_node=4", os.path.join(ROOT, "train.py"), *words_of(**settings, out_dir=out_dir)],
-                            capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=4", os.path.join(ROOT, "train.py"), *words_of(**settings, out_dir=out_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -153,7 +154,7 @@ def test_two_hosts_train_as_one(hosts, reference, tmp_path):
 
 
 def test_a_broken_link_ends_the_run_which_then_resumes(hosts, reference, tmp_path):
-    """The ranks of both hosts end within the time-out with their step on stderr, the agents after them; continued, no bit is lost."""
+    """The ranks of both hosts end within the time-out, say rank and step, and the agents follow; continued, no bit is lost."""
     if not hosts[0].enter:
         pytest.skip("no network namespaces here, so there is no link to take down")
     settings, one = reference
@@ -170,7 +171,7 @@ def test_a_broken_link_ends_the_run_which_then_resumes(hosts, reference, tmp_pat
             assert time.monotonic() < end, f"still running: {list(map(ranks, running))}; {printed(cut)}"
             time.sleep(0.02)
         assert 0 not in [agent.wait(90) for agent in running]
-    for rank in range(4):
-        assert re.search(rf"error: rank {rank}\b.*\bstep \d+", open(f"{cut}.{rank // 2}").read()), printed(cut)
+    for n, ours in enumerate(("01", "23")):          # of two ranks the agent may end one because the other has failed
+        assert re.search(rf"error: rank [{ours}]\b.*\bstep \d+", open(f"{cut}.{n}").read()), printed(cut)
     assert f"from step {SAVED};" in one_host(cut, settings)
     assert_same(one, cut)
