@@ -1,12 +1,13 @@
 # make quickstart   from nothing to a trained CLIP on the emoji set, its curves and pictures
 # make test         the test suite
+# make soak         the slow tests: 50 kills, thousands of steps watched for leaks, how long saving takes; 40 minutes
 # Both make .venv and install into it if need be, and may be run again cheaply.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test clean
+.PHONY: quickstart test soak clean
 
 quickstart: .venv/data
 	$(RUN) prepare.py emoji
@@ -15,7 +16,13 @@ quickstart: .venv/data
 	@echo "  curves: runs/quickstart/curves.png"
 
 test: .venv/data .venv/test
-	$(RUN) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal tests
+
+soak: .venv/data .venv/test
+	$(RUN) prepare.py emoji
+	$(RUN) tests/soak.py stall
+	$(RUN) tests/soak.py kills
+	$(RUN) tests/soak.py memory
 
 clean:
 	rm -rf .venv

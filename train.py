@@ -87,9 +87,10 @@ def main(argv):
         import plan
         return print(plan.report(c))
     os.umask(os.umask(0) | 0o002)                                # nothing that a run writes can be changed by everybody
-    device = dist.init(c.device, c.timeout)
-    watchdog, saver, stop = Watchdog(c.timeout), None, None
+    watchdog = saver = stop = None
     try:
+        device = dist.init(c.device, c.timeout)
+        watchdog = Watchdog(c.timeout)
         # What can be refused is refused here, before anything is trained.
         if not c.train_data:
             raise ConfigError("train_data is empty: name tar shards, for example --train_data='shards/{00000..00331}.tar'")
@@ -186,10 +187,14 @@ def main(argv):
     except Exception as error:
         if saver and dist.world_size() == 1:
             saver.commit()                                       # what is being written is from before the error
-        watchdog.failed(error)
+        if watchdog:
+            watchdog.failed(error)
+        elif not isinstance(error, ConfigError):
+            print(f"error: rank {os.environ.get('RANK', 0)}, joining the others: {error}", file=sys.stderr, flush=True)
         raise
     finally:
-        watchdog.stop()
+        if watchdog:
+            watchdog.stop()
         if stop:
             stop.restore()
         if saver:

@@ -99,7 +99,7 @@ class Watchdog:
                 return "; ".join(f"rank {r} hangs at {second[r].split('|', 2)[2]}: it has begun {begun[r]} collectives, others "
                                  f"{max(begun.values())}" for r in behind[:8])
             return "All ranks have a pulse and wait in the same place: look at the network between them"
-        return bounded(look, 5.0 + 2.5 * self.pulse) or "The store does not answer either: look at the network, and at the first host"
+        return bounded(look, 3.0 + 2.5 * self.pulse) or "The store does not answer either: look at the network, and at the first host"
 
     def failed(self, error):
         """Tell all ranks of the exception that ends this one. Where it only echoes another rank's end, this does not return."""
@@ -112,7 +112,7 @@ class Watchdog:
 
     def post(self, message):
         if self.store:
-            bounded(lambda: self.store.compare_set("failed", "", message), 5.0)      # the first one stays
+            bounded(lambda: self.store.compare_set("failed", "", message), 3.0)      # the first one stays
             if dist.rank() == 0:
                 time.sleep(2.5 * self.pulse)            # the store may live in this process: let the others read it
 
