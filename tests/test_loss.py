@@ -242,8 +242,8 @@ def test_tiled_memory_does_not_grow_with_the_global_batch(monkeypatch, device):
     local, few, many = 512, 2, 16
     growth = {tile: (peak_bytes(monkeypatch, local, many, tile, device) - peak_bytes(monkeypatch, local, few, tile, device))
               / (4 * local * (many - few)) for tile in (0, 256)}
-    assert growth[0] > 3 * local                                         # in one piece: blocks of `local` numbers per pair of the global batch
-    assert growth[256] < 100                                             # in tiles: its gathered features (2d = 8) and its handful of numbers
+    assert growth[0] > 3 * local             # in one piece, per pair of the global batch: similarities with all of mine, some times
+    assert growth[256] < 100                 # in tiles: its gathered features (2d = 8) and a few numbers of its own
 
 
 def open_clip_gradients():
