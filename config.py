@@ -112,6 +112,7 @@ class Config:
     compile: Union[bool, Auto] = knob("auto", "torch.compile each block; auto: on CUDA")
     grad_wire: Literal["fp32", "bf16"] = knob("fp32", "the type in which gradients travel between ranks")
     bucket_mb: float = knob(25.0, "gradient bucket, MB: smaller overlaps earlier, larger sends more efficiently")
+    loss_tile: int = knob(0, "columns of the loss's similarities in memory at a time; 0: all of them, faster; see loss.py")
     timeout: float = knob(600.0, "seconds without a finished step before a rank gives up and says where")
     seed: int = knob(2024, "of the weights, the order of samples, crops and captions")
 
@@ -217,7 +218,7 @@ def check(c):
         if not unless:
             raise ConfigError(message)
     for key in ("lr", "weight_decay", "warmup_steps", "lr_min", "rho", "eps_u", "micro_batch", "max_steps", "grad_clip",
-                "gamma_decay_epochs", "eval_steps", "save_steps", "save_minutes", "seed", "lr_tau"):
+                "gamma_decay_epochs", "eval_steps", "save_steps", "save_minutes", "seed", "lr_tau", "loss_tile"):
         value = getattr(c, key)
         refuse(value is None or value >= 0, f"{key} = {value} must not be negative")
     for key in ("batch_size", "epochs", "keep", "log_steps", "eval_batch", "bucket_mb", "timeout"):

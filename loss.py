@@ -34,6 +34,10 @@ where the factor K makes the *mean* over ranks of the parameters' gradients the 
 Communication. Rank k needs row block s_ij of its images against all texts, and of its texts against all images. In (3) its
 features are negatives of remote anchors too, and for those it needs only their v, s_ii and tau: numbers, not vectors.
 So a step gathers the features once, [b, 2d], and five numbers per sample; nothing of size B x d ever flows back.
+
+Memory. The row blocks are b x B and gone through twice, `tile` columns at a time: for log g and the mean of s_ij - s_ii, added
+up on the way (`contrast`), and, once v is known, for the sums over j in (3) (`weighted_sum`). A single tile is kept for the
+second time; several are computed again, so that memory is O(b tile), for six matrix products in a step instead of four.
 """
 
 import math
@@ -66,6 +70,7 @@ ALGORITHMS = {
 
 TAU_MIN, TAU_MAX = 0.01, 1.0
 TAU_REFERENCE = 0.07       # at which every algorithm also reports the in-batch MBCL, so that runs can be compared
+LEFT_OUT = -1e30           # the similarity put where j = i does not count: exp makes it 0, and 0 times it is 0 (not so for -inf)
 
 
 class LossOutput(NamedTuple):
@@ -90,17 +95,19 @@ class ContrastiveLoss:
     without eps; Adam for per-sample tau has beta = 0 in epoch 0 and corrects its bias by epoch, not by visits. (One thing is not
     reproduced: with per-sample tau that code adds eps to u / exp(m_i), m_i the largest exponent that sample i has ever met.)
 
-    num_samples: N, ids run from 0 to N-1. dtype: of state and arithmetic, float32 (or float64 to check it).
-    Raises ValueError for an unknown algorithm or an id outside [0, N).
+    num_samples: N, ids run from 0 to N-1. dtype: of state and arithmetic, float32 (or float64 to check it). tile: columns of the
+    b x B similarities that are in memory at a time; 0: all. Raises ValueError for an unknown algorithm or an id outside [0, N).
     """
 
     def __init__(self, algorithm, num_samples, equations="paper", rho=6.5, eps_u=1e-14, tau_init=0.03, device="cpu",
-                 dtype=torch.float32):
+                 dtype=torch.float32, tile=0):
         if algorithm not in ALGORITHMS:
             raise ValueError(f"unknown algorithm {algorithm!r}; there are {', '.join(ALGORITHMS)}")
         if equations not in ("paper", "release"):
             raise ValueError(f"equations = {equations!r} must be 'paper' or 'release'")
-        self.algorithm, self.release, self.rho = ALGORITHMS[algorithm], equations == "release", rho
+        if tile < 0:
+            raise ValueError(f"tile = {tile} must not be negative")
+        self.algorithm, self.release, self.rho, self.tile = ALGORITHMS[algorithm], equations == "release", rho, tile
         self.log_eps = math.log(eps_u) if eps_u > 0 and self.algorithm.state else -math.inf
         columns = {"log_u1": -math.inf, "log_u2": -math.inf} if self.algorithm.state else {}
         if self.algorithm.tau == "sample":
@@ -126,8 +133,11 @@ class ContrastiveLoss:
         # Features of the global batch.
         e1, e2 = image_features.detach().to(dtype), text_features.detach().to(dtype)          # (b, d)
         E1, E2 = dist.all_gather(torch.cat([e1, e2], 1), "features").chunk(2, 1)              # (B, d)
-        s = (E1 * E2).sum(1)                                                                  # (B,) s_ii
-        sim1, sim2 = e1 @ E2.T, e2 @ E1.T                                                     # (b, B) my images, my texts
+        width = self.tile or B
+        tiles = [slice(j, min(j + width, B)) for j in range(0, B, width)]
+        s = torch.cat([(E1[tile] * E2[tile]).sum(1) for tile in tiles])                       # (B,) s_ii
+        sim1 = Similarities(e1, E2, tiles, mine, has_positive)                                # (b, B) my images
+        sim2 = Similarities(e2, E1, tiles, mine, has_positive)                                #        my texts
 
         # Rows of the global batch; their look-up has been under way since before the towers ran.
         rows = lookup.finish()                                                                # column name -> (B,)
@@ -137,10 +147,9 @@ class ContrastiveLoss:
             tau1 = tau2 = torch.exp(-logit_scale.detach()).to(dtype).expand(B)
 
         # Contrast of my anchors; from here on every rank knows five numbers of every anchor, and that is enough.
-        log_g1, gap1 = contrast(sim1, s[mine], tau1[mine], mine, has_positive)
-        log_g2, gap2 = contrast(sim2, s[mine], tau2[mine], mine, has_positive)
-        mbcl = (torch.logsumexp(sim1 / TAU_REFERENCE, 1) + torch.logsumexp(sim2 / TAU_REFERENCE, 1)) / 2 - s[mine] / TAU_REFERENCE
-        numbers = torch.stack([log_g1 - log_n, log_g2 - log_n, gap1, gap2, mbcl], 1)          # (b, 5)
+        log_g1, gap1, mbcl1 = contrast(sim1, s[mine], tau1[mine], has_positive)
+        log_g2, gap2, mbcl2 = contrast(sim2, s[mine], tau2[mine], has_positive)
+        numbers = torch.stack([log_g1 - log_n, log_g2 - log_n, gap1, gap2, (mbcl1 + mbcl2) / 2], 1)  # (b, 5)
         log_g1, log_g2, gap1, gap2, mbcl = dist.all_gather(numbers, "scalars").unbind(1)      # (B,) each
 
         # The moving average (1), and v = eps + u.
@@ -148,20 +157,13 @@ class ContrastiveLoss:
         log_u2 = moving_average(rows["log_u2"], log_g2, gamma) if algorithm.state else log_g2
         log_v1, log_v2 = log_add(log_u1, self.log_eps), log_add(log_u2, self.log_eps)
 
-        # Feature gradients (3). W1 and W2 stand in both row blocks: there with my samples as anchors, here as negatives.
+        # Feature gradients (3). W_ij = exp(s_ij / tau_i - z_i), of which every rank now knows tau and z of every anchor i.
         c1, c2 = self.weight_factor(tau1), self.weight_factor(tau2)
-        row = (slice(None), None)                                                             # (b,) -> (b, 1): anchors are mine
-        A1 = weights(sim1, s[mine][row], tau1[mine][row], (log_v1 + log_n - c1.log())[mine][row])
-        A1 += weights(sim1, s, tau2, log_v2 + log_n - c2.log())                               # anchors: all texts
-        A2 = weights(sim2, s[mine][row], tau2[mine][row], (log_v2 + log_n - c2.log())[mine][row])
-        A2 += weights(sim2, s, tau1, log_v1 + log_n - c1.log())                               # anchors: all images
-        if not has_positive:
-            A1[:, mine].diagonal().zero_()
-            A2[:, mine].diagonal().zero_()
+        z1, z2 = s / tau1 + log_v1 + log_n - c1.log(), s / tau2 + log_v2 + log_n - c2.log()   # (B,)
         ratio1, ratio2 = torch.exp(log_g1 - log_v1), torch.exp(log_g2 - log_v2)               # sum_j P_ij = g/v
-        r = (c1 * ratio1 + c2 * ratio2)[mine][row]
-        grad_image = (A1 @ E2 - r * e2) * (K / (2 * B))
-        grad_text = (A2 @ E1 - r * e1) * (K / (2 * B))
+        r = (c1 * ratio1 + c2 * ratio2)[mine, None]
+        grad_image = (weighted_sum(sim1, tau1[mine], z1[mine], tau2, z2) - r * e2) * (K / (2 * B))
+        grad_text = (weighted_sum(sim2, tau2[mine], z2[mine], tau1, z1) - r * e1) * (K / (2 * B))
 
         # Temperature, and what the state remembers.
         h1, h2 = -ratio1 * gap1 / tau1 ** 2, -ratio2 * gap2 / tau2 ** 2                       # (2), (B,)
@@ -210,20 +212,51 @@ class ContrastiveLoss:
             rows["tau" + side] = (rows["tau" + side] - lr_tau * step).clamp(TAU_MIN, TAU_MAX)
 
 
-def contrast(sim, s, tau, mine, has_positive):
-    """Anchors in the rows: sim [b, B], s = s_ii [b], tau [b] -> logsumexp_j (s_ij - s_ii)/tau and mean_j (s_ij - s_ii) under
-    its softmax, both [b]; without j = i (column mine.start + i) unless has_positive."""
-    gap = sim - s[:, None]                                                 # (b, B)
-    x = gap / tau[:, None]
+class Similarities:
+    """s_ij of my b anchors with all B candidates, as blocks (columns, [b, tile]), to be gone through as often as one likes."""
+
+    def __init__(self, e, E, tiles, mine, has_positive):
+        self.e, self.E, self.tiles, self.mine, self.has_positive = e, E, tiles, mine, has_positive
+        self.kept = self.block(tiles[0]) if len(tiles) == 1 else None
+
+    def __iter__(self):
+        for columns in self.tiles:
+            yield columns, self.kept if self.kept is not None else self.block(columns)
+
+    def block(self, columns):
+        sim = self.e @ self.E[columns].T
+        if not self.has_positive:                                          # my anchor i is column mine.start + i
+            sim.diagonal(self.mine.start - columns.start).fill_(LEFT_OUT)  # as far as it lies in these columns
+        return sim
+
+
+def contrast(sim, s, tau, has_positive):
+    """My anchors, with s = s_ii and tau [b] -> logsumexp_j (s_ij - s_ii)/tau, mean_j (s_ij - s_ii) under its softmax, and the
+    same logsumexp with j = i at TAU_REFERENCE, each [b].
+
+    With w_ij = exp((s_ij - top_i) / tau_i), top_i the largest s_ij so far, the sums of w_ij and w_ij s_ij shrink as top rises.
+    """
+    top, total, weighted, reference = s.new_full(s.shape, -math.inf), 0.0, 0.0, 0.0
+    for _, block in sim:
+        reference = reference + (block / TAU_REFERENCE).exp_().sum(1)      # its exponents stay below 15
+        before, top = top, torch.maximum(top, block.amax(1))
+        shrink = torch.exp((before - top) / tau)
+        w = (block - top[:, None]).div_(tau[:, None]).exp_()               # (b, tile)
+        total = total * shrink + w.sum(1)
+        weighted = weighted * shrink + w.mul_(block).sum(1)
     if not has_positive:
-        x[:, mine].diagonal().fill_(-math.inf)
-    log_sum = torch.logsumexp(x, 1)                                        # (b,)
-    return log_sum, (torch.exp(x - log_sum[:, None]) * gap).sum(1)
+        reference = reference + torch.exp(s / TAU_REFERENCE)
+    return total.log() + (top - s) / tau, weighted / total - s, reference.log() - s / TAU_REFERENCE
 
 
-def weights(sim, s, tau, log_scale):
-    """exp((sim - s_ii)/tau - log_scale) for sim [b, B]; the anchors' s, tau, log_scale are [b, 1] (rows) or [B] (columns)."""
-    return torch.exp((sim - s) / tau - log_scale)
+def weighted_sum(sim, tau, z, tau_of, z_of):
+    """sum_j (W_ij + W_ji) e_j [b, d]: W_ij with my anchors (tau, z [b]), W_ji with the candidates as anchors (tau_of, z_of [B])."""
+    out = torch.zeros_like(sim.e)
+    for columns, block in sim:
+        W = (block / tau[:, None]).sub_(z[:, None]).exp_()                 # (b, tile)
+        W += (block / tau_of[columns]).sub_(z_of[columns]).exp_()
+        out.addmm_(W, sim.E[columns])
+    return out
 
 
 def moving_average(log_u, log_g, gamma):

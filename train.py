@@ -114,7 +114,7 @@ def main(argv):
             model.to(memory_format=torch.channels_last)
         dist.broadcast_weights(model)
         optimizer = optim.create(model, c)
-        loss = ContrastiveLoss(c.algorithm, index.num_samples, c.equations, c.rho, c.eps_u, c.tau_init, device)
+        loss = ContrastiveLoss(c.algorithm, index.num_samples, c.equations, c.rho, c.eps_u, c.tau_init, device, tile=c.loss_tile)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         step, log_state = checkpoint.load(start_from, model, optimizer, loss, scaler, c) if start_from else (0, None)
         dist.check_same_weights(model)

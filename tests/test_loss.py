@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dist
 from loss import ALGORITHMS, TAU_REFERENCE, ContrastiveLoss
@@ -96,14 +99,15 @@ class Definition:
         self.adam[i][2] = t
 
 
-def run_all(dtype=torch.float64, cases=CASES):
+def run_all(dtype=torch.float64, cases=CASES, tile=0, duplicates=False):
     """Several steps of every case on this rank -> {case: what came out}."""
     results = {}
     for name, equations in cases:
-        loss = ContrastiveLoss(name, N, equations, RHO, EPS, tau_init=0.05, dtype=dtype)
+        loss = ContrastiveLoss(name, N, equations, RHO, EPS, tau_init=0.05, dtype=dtype, tile=tile)
         rows = []
         for step in range(STEPS):
-            e1, e2, ids = (x.to(dtype) if x.is_floating_point() else x for x in batch(step, dist.world_size(), dist.rank()))
+            e1, e2, ids = batch(step, dist.world_size(), dist.rank(), duplicates)
+            e1, e2 = e1.to(dtype), e2.to(dtype)
             logit_scale = torch.tensor(-math.log(0.1 + 0.01 * step), dtype=dtype)
             lookup = loss.lookup(ids)
             rows.append(loss(e1, e2, logit_scale, lookup, gamma=GAMMAS[step], epoch=step // 3, lr_tau=LR_TAU))
@@ -177,6 +181,71 @@ def test_at_gamma_one_it_is_the_gradient_of_the_objective(name):
     assert_near(out.objective, half.detach() * (1 if name == "openclip" else 2), name)
 
 
+def run_tiles():
+    """{tile: what came out, with duplicate ids and without}"""
+    return {tile: [run_all(tile=tile, duplicates=duplicates) for duplicates in (False, True)] for tile in (0, 1, 3, B - 1, B, B + 3)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tiles_change_nothing(world_size):
+    for rank in run_ranks(world_size, run_tiles) if world_size > 1 else [run_tiles()]:
+        for tile in rank:
+            for whole, tiled in zip(rank[0], rank[tile]):
+                for case in CASES:
+                    (expected, table, _), (outs, tiled_table, _) = whole[case], tiled[case]
+                    same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m: f"{case}, tile {tile}: {m}")
+                    same(tiled_table, table)
+                    for out, wanted in zip(outs, expected):
+                        for a, b in zip(out, wanted):
+                            assert (a is None) == (b is None)
+                            a is None or same(a, b)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside have held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.sizes[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+def peak_bytes(monkeypatch, local, world_size, tile, device):
+    """Of one call of the loss, on rank 0 of ranks that are said to exist and to hold the same as this one."""
+    monkeypatch.setattr(dist, "world_size", lambda: world_size)
+    monkeypatch.setattr(dist, "all_gather", lambda x, purpose: x.repeat(world_size, *[1] * (x.dim() - 1)))
+    monkeypatch.setattr(dist, "all_reduce", lambda x, purpose: dist.Done())
+    e1, e2 = F.normalize(torch.randn(2, local, 4, generator=torch.Generator().manual_seed(0)), dim=-1).to(device)
+    loss = ContrastiveLoss("fastclip-v3", local, device=device, tile=tile)
+    lookup = loss.lookup(torch.arange(local))
+    if device == "cuda":
+        loss(e1, e2, torch.tensor(3.0, device=device), lookup)           # cuBLAS takes its workspace once
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss(e1, e2, torch.tensor(3.0, device=device), lookup)
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as memory:
+        loss(e1, e2, torch.tensor(3.0), lookup)
+    return memory.peak
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_tiled_memory_does_not_grow_with_the_global_batch(monkeypatch, device):
+    local, few, many = 512, 2, 16
+    growth = {tile: (peak_bytes(monkeypatch, local, many, tile, device) - peak_bytes(monkeypatch, local, few, tile, device))
+              / (4 * local * (many - few)) for tile in (0, 256)}
+    assert growth[0] > 3 * local             # in one piece, per pair of the global batch: similarities with all of mine, some times
+    assert growth[256] < 100                 # in tiles: its gathered features (2d = 8) and a few numbers of its own
+
+
 def open_clip_gradients():
     """Gradients of open_clip's own distributed loss and of ours, on this rank."""
     from open_clip.loss import ClipLoss
@@ -229,12 +298,13 @@ def test_duplicate_ids_have_one_rule_on_any_number_of_ranks():
     assert torch.equal(alone.state.table[ids[0]], apart.state.table[renamed[B - 1]])
 
 
+@pytest.mark.parametrize("tile", [0, 1])
 @pytest.mark.parametrize("name,equations", CASES)
-def test_extremes_stay_finite_and_right(name, equations):
+def test_extremes_stay_finite_and_right(name, equations, tile):
     """tau = 0.01 and exactly wrong features (exponent 200), float32, first visits and later ones, B = 2."""
     e1 = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     e2 = -e1
-    loss = ContrastiveLoss(name, 2, equations, RHO, 1e-14, tau_init=0.01)
+    loss = ContrastiveLoss(name, 2, equations, RHO, 1e-14, tau_init=0.01, tile=tile)
     scale = torch.tensor(math.log(100.0))
     for gamma in (1.0, 0.5, 0.2):
         for sign in (1, -1):                                             # all wrong (g = e^200), then all right (g = e^-200)
@@ -242,7 +312,7 @@ def test_extremes_stay_finite_and_right(name, equations):
             for value in out:
                 assert value is None or torch.isfinite(value).all(), (name, gamma, sign, out)
     assert torch.isfinite(loss.state.table[:-1]).all()
-    first = ContrastiveLoss(name, 2, equations, RHO, 1e-14, tau_init=0.01)
+    first = ContrastiveLoss(name, 2, equations, RHO, 1e-14, tau_init=0.01, tile=tile)
     out = first(e1, e2, scale, first.lookup(torch.tensor([0, 1])), gamma=1.0)
     # Exponent 200: log g = 200 to all figures, P = 1, so image 0 is pulled by c (K/2B)(2 e2_1 - 2 e2_0) = c [1, 0].
     c = 100.0 if ALGORITHMS[name].c == "1/tau" or (equations == "release" and ALGORITHMS[name].loss == "RGCL") else 1.0
@@ -276,5 +346,7 @@ def test_bad_input_is_named():
             loss.lookup(torch.tensor([1, wrong]))
     with pytest.raises(ValueError, match="unknown algorithm 'v9'"):
         ContrastiveLoss("v9", 10)
+    with pytest.raises(ValueError, match="tile = -1 must not be negative"):
+        ContrastiveLoss("fastclip-v3", 10, tile=-1)
     with pytest.raises(ValueError, match="no negatives"):
         loss(torch.ones(1, 2), torch.ones(1, 2), torch.tensor(1.0), loss.lookup(torch.tensor([0])))
