@@ -121,7 +121,7 @@ def test_decompression_bombs(tmp_path, monkeypatch):
 
 def test_a_line_of_pixels(tmp_path):
     """Few pixels, but a thousand times as many once the shorter side has been resized."""
-    line = png(torch.zeros(3, 1, 60_000, dtype=torch.uint8))
+    line = png(torch.zeros(3, 1, 2500, dtype=torch.uint8))
     assert reason(data.evaluation_sample, {"png": line, "txt": b"a line"}, 224, "") == "too many pixels"
     assert data.training_sample({"png": line, "txt": b"a line"}, np.random.default_rng(0), 24, (0.9, 1.0), "")[0].shape == (3, 24, 24)
 
@@ -370,7 +370,8 @@ def pax(*records):
 
 
 HOSTILE = {
-    "a size below zero, which leads backwards": pax("size=-99999") + header_of("9.jpg", 10),
+    "a size below zero, which leads back to itself": pax("size=-1536") + header_of("9.jpg", 10),
+    "a size below zero, which leads nowhere": pax("size=-99999") + header_of("9.jpg", 10),
     "a size below zero in the header": header_of("9.jpg", 0, size=b"\xff" * 12),
     "a size of 2 ** 87": header_of("9.jpg", 0, size=b"\x80" + b"\x7f" * 11),
     "a name of 4 GB": header_of("x", 4 << 30, tarfile.GNUTYPE_LONGNAME),
@@ -402,6 +403,25 @@ def test_hostile_headers(tmp_path, name, scheme, monkeypatch):
         path.write_bytes(content + bytes(1024))
         assert bounded(f"{scheme}{path}", 2, str(tmp_path / "index.json"), verify=True) in ("refused", "read")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_names_do_not_move_the_cursor(tmp_path, capsys):
+    key = "\x1b[2J\udcff"
+    path = tmp_path / "x.tar"
+    path.write_bytes(header_of(f"{key}.jpg", 0) + header_of(f"{key}.txt", 0) + bytes(1024))
+    assert data.load_index(str(path), verify=True).num_samples == 1
+    assert r"x.tar '\x1b[2J\udcff': corrupt image" in capsys.readouterr().out
+    path.write_bytes(header_of(f"0.{key}", 0) + header_of("0.txt", 0) + bytes(1024))
+    with pytest.raises(ConfigError, match=r"it holds 1 '\\x1b\[2j\\udcff', 1 txt"):
+        data.load_index(str(path), verify=True)
+
+
+def test_sparse_files_are_passed_over(tmp_path):
+    """A header of one block would become up to 64 MB of zeros in memory."""
+    sparse = header_of("9.jpg", 0, tarfile.GNUTYPE_SPARSE, realsize=b"%011o\0" % 50_000_000)
+    text = header_of("9.txt", 1) + padded(b"9") + bytes(1024)
+    (tmp_path / "x.tar").write_bytes(b"".join(header_of(name, len(content)) + padded(content) for name, content in sample(1)) + sparse + text)
+    assert tars.count_samples(str(tmp_path / "x.tar"), ("txt",), False, "") == (1, {"no image": 1})
 
 
 REASONS = {"corrupt image", "no caption", "empty caption", "missing from shard", "too many pixels", "file too large"}
