@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from config import ConfigError, or_exit
-from shards import BadSample, captions, decode, load_index, usable_samples
+from shards import MOST_PIXELS, BadSample, captions, decode, load_index, usable_samples
 from tokenizer import Tokenizer
 
 BACK_OFF = (1, 2, 4)                # seconds before an unreadable shard is tried again
@@ -150,7 +150,9 @@ def evaluation_sample(files, size, caption_key):
     image, label = decode(files), files.get("cls")
     h, w = (size * side // min(image.shape[1:]) for side in image.shape[1:])
     top, left = round((h - size) / 2), round((w - size) / 2)
-    if label is not None and not label.strip().isdigit():
+    if h * w > MOST_PIXELS:                     # of a line of pixels; nothing else grows that much
+        raise BadSample("too many pixels")
+    if label is not None and not (label.strip().isdigit() and len(label) < 10):
         raise BadSample("class is not a number")
     try:
         texts = captions(files, caption_key)
@@ -211,7 +213,7 @@ class Lane:
     def good_sample(self, epoch, end, place, bad):
         """The sample at a place of the block or, in a bad one's stead, the next good one of the block, or of the line behind it."""
         reasons = []
-        behind = (i for k in range(1000) for i in self.order.line(epoch, self.lane, end + k, end + k + 1).tolist())
+        behind = (i for k in range(min(1000, self.order.num_samples)) for i in self.order.line(epoch, self.lane, end + k, end + k + 1).tolist())
         for i in chain(self.ids[place:], self.ids[:place], behind):
             try:
                 files = self.held[i] if i in self.held else self.reader.read(i)
@@ -314,7 +316,7 @@ def run_workers(generate, workers, pin_memory):
     Workers are forked from a server, a fresh process that has imported torch and done nothing else: a fork of the trainer itself
     would inherit the locks of its CUDA and gloo threads in any state, and spawned workers would each import torch."""
     if workers:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchvision.io", "webdataset"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchvision.io"])
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}       # which the server inherits
         multiprocessing.forkserver.ensure_running()
         for number, handler in handlers.items():

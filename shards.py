@@ -3,17 +3,25 @@
 Shards are WebDataset tars as img2dataset writes them: 000012345.jpg, .txt, .json. A sample is the neighbouring files of one
 key; it is usable with an image and a caption. Its id is its shard's offset plus its position there: dense, 0..N-1, over any
 number of sources, with keys of any kind. The index, the counts of all shards, is kept in index.json beside them.
+
+Shards may come from strangers: whatever is in one, reading it ends in samples, in bad samples that are counted, or in OSError or
+tarfile.TarError. Nothing of it is ever run, or written to disk.
 """
 
 import glob
+import io
 import json
 import os
 import re
+import select
+import signal
+import subprocess
 import sys
 import tarfile
 import warnings
+import weakref
 from collections import Counter
-from functools import partial
+from contextlib import suppress
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
@@ -21,13 +29,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from braceexpand import braceexpand
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 from tqdm import tqdm
-from webdataset import gopen
 
 from config import ConfigError
 
 IMAGES = {"jpg", "jpeg", "png", "webp"}
+PIPE_TIMEOUT = 60                   # seconds without a byte from a command before it is killed
+MOST_PIXELS = 100_000_000           # an image that declares more is not decoded: a file of kilobytes can declare gigabytes
+MOST_IMAGE_BYTES, MOST_TEXT_BYTES = 64 << 20, 1 << 20           # a larger file of a sample is not read
+MOST_HEADER_BYTES = 8192            # tarfile searches long headers of a name, or other attributes, in quadratic time
+MOST_CHARACTERS = 10_000            # of a caption: the 77 tokens lie far within, and the tokenizer takes 40 ms at most
+MOST_DAMAGED = 100                  # shards; indexing stops there, as all the others are likely to be damaged too
 # torchvision 0.29 announces that its decoders will move to TorchCodec some day; nothing is to be done about it in a run.
 warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
 
@@ -41,73 +55,171 @@ class Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *args):
         try:
-            return super().frombuf(*args)
+            header = super().frombuf(*args)
         except tarfile.HeaderError as error:
             raise error if isinstance(error, tarfile.EOFHeaderError) else tarfile.ReadError(f"breaks off: {error}")
+        if header.type in b"LKxgX" and header.size > MOST_HEADER_BYTES:         # long names and other attributes of the next file
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
+
+
+class Pipe(io.RawIOBase):
+    """What a shell command writes, as a stream. Reading raises TimeoutError when nothing comes for PIPE_TIMEOUT seconds; at the end,
+    OSError if the command failed. Closing, or the end of the program, kills the command with all that it has started."""
+
+    def __init__(self, command):
+        self.process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0,
+                                        start_new_session=True)         # which makes it a process group that can be killed whole
+        self.end = weakref.finalize(self, end_command, self.process)
+        self.ready = select.poll()
+        self.ready.register(self.process.stdout, select.POLLIN)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if not self.ready.poll(PIPE_TIMEOUT * 1000):
+            raise TimeoutError(f"nothing came for {PIPE_TIMEOUT} s")
+        n = self.process.stdout.readinto(buffer)
+        if not n:
+            if self.process.returncode == 0:        # tarfile would go on for hours, skipping what a header claims to be there
+                raise tarfile.ReadError("breaks off")
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(PIPE_TIMEOUT)
+            if self.process.returncode != 0:
+                raise OSError(f"the command failed, exit status {self.process.returncode}")
+        return n
+
+    def close(self):
+        self.end()
+        super().close()
+
+
+def end_command(process):
+    """Kill a command's process group, if it is still running. Killed before its pipe is closed, it cannot complain about that."""
+    if process.returncode is None:                  # nobody has waited for it, so that its number is still its own
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    with suppress(subprocess.TimeoutExpired):       # what hangs inside the kernel, on a dead disk, is left to itself
+        process.wait(1)
 
 
 def open_url(url):
     """A path, or pipe:COMMAND -> a stream of bytes."""
-    if not url.startswith("pipe:"):
-        return open(url, "rb")
-    stream = gopen(url)
-    stream.ignore_errors = True     # a command that fails shows in what it sends; one that is cut short dies of SIGPIPE
-    return stream
+    return io.BufferedReader(Pipe(url[5:]), 1 << 16) if url.startswith("pipe:") else open(url, "rb")
 
 
 def members(url):
-    """Yield (tar, entry, key, extension) for every file of a shard: dir/000.a.jpg has key dir/000 and extension a.jpg."""
+    """Yield (tar, entry, key, extension) for every file of a shard: dir/000.a.jpg has key dir/000 and extension a.jpg. Links, devices
+    and folders are passed over. OSError: unreadable, or no tar; TarError: damaged later on."""
     with open_url(url) as stream:
-        try:                        # a file can seek over what is not wanted, a pipe is read through
-            tar = tarfile.open(fileobj=stream, mode="r|" if url.startswith("pipe:") else "r:", tarinfo=Header)
-        except tarfile.TarError as error:
-            raise OSError(f"not a tar: {error}") from error
-        while entry := tar.next():
+        tar = entry = None
+        while True:
+            try:                    # a file can seek over what is not wanted, a pipe is read through
+                tar = tar or tarfile.open(fileobj=stream, mode="r|" if url.startswith("pipe:") else "r:", tarinfo=Header)
+                entry = tar.next()
+                if entry and not entry.offset_data <= tar.offset < 1 << 50:     # tarfile would go round in circles
+                    raise tarfile.ReadError(f"a file of {entry.size} bytes")
+            except OSError:
+                raise
+            except Exception as error:              # a header made for it gets any exception out of tarfile
+                raise tarfile.ReadError(f"{error or repr(error)}") if entry else OSError(f"not a tar: {error or repr(error)}") from error
+            if not entry:
+                return
             tar.members.clear()     # tarfile would remember every member it has seen
             name = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", entry.name)
-            if name and entry.isfile():
+            if name and entry.isfile() and not entry.issparse():
                 yield tar, entry, name[1], name[2].lower()
 
 
-def usable_samples(url, kinds, wanted):
-    """Yield (key, {extension: bytes}) for each usable sample of a shard: neighbouring files of one key, among them an image and one
-    of `kinds`. Only positions in `wanted`, a range, are read, others have no files. OSError: unreadable; TarError: damaged later on."""
+def usable_samples(url, kinds, wanted, left_out=None):
+    """Yield (key, {extension: bytes, or None if it is too large}) for each usable sample of a shard: neighbouring files of one key,
+    among them an image and one of `kinds`. A second file of the same name begins another sample. Only positions in `wanted`, a range,
+    are read, others have no files. Unusable samples are counted by reason in the Counter `left_out`. Raises what `members` raises."""
     position, key, seen, files = 0, None, set(), {}
     for tar, entry, new_key, extension in chain(members(url), [(None, None, None, None)]):
-        if new_key != key:
-            if seen & IMAGES and seen & set(kinds):
+        if new_key != key or extension in seen:
+            image, text = seen & IMAGES, seen & set(kinds)
+            if image and text:
                 yield key, files
                 position += 1
+            elif (image or text) and left_out is not None:
+                left_out["no caption" if image else "no image"] += 1
             key, seen, files = new_key, set(), {}
         seen.add(extension)
         if position in wanted and (extension in IMAGES or extension in kinds):
-            files[extension] = tar.extractfile(entry).read()
+            most = MOST_IMAGE_BYTES if extension in IMAGES else MOST_TEXT_BYTES
+            files[extension] = tar.extractfile(entry).read() if entry.size <= most else None
 
 
 # ---- the files of a sample ----
 
+MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")               # of a JPEG: all that have a length
+
+
+def pixels(data):
+    """An encoded image, bytes -> height x width as its header declares them; 0 if it is no JPEG, PNG or WebP, or is broken."""
+    def number(start, end, order="big"):
+        return int.from_bytes(data[start:end], order)
+    if data[:3] == b"\xff\xd8\xff":
+        at = 2
+        for _ in range(1000):
+            if not (marker := MARKER.search(data, at)):
+                break
+            at = marker.start()
+            if data[at + 1] >> 4 == 0xc and data[at + 1] not in b"\xc4\xc8\xcc":       # a frame, not tables
+                return number(at + 5, at + 7) * number(at + 7, at + 9)
+            at += 2 + number(at + 2, at + 4)
+    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
+        return number(16, 20) * number(20, 24)
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":
+        return (number(26, 28, "little") & 0x3fff) * (number(28, 30, "little") & 0x3fff)
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8L":
+        return ((number(21, 23, "little") & 0x3fff) + 1) * ((number(22, 25, "little") >> 6 & 0x3fff) + 1)
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        return (number(24, 27, "little") + 1) * (number(27, 30, "little") + 1)
+    return 0
+
+
 def decode(files):
-    """The image among {extension: bytes} -> uint8 [3, h, w]. BadSample if it is corrupt, or if there are no files at all."""
+    """The image among {extension: bytes} -> uint8 [3, h, w]. BadSample if it is corrupt or too large, or if there are no files."""
     if not files:
         raise BadSample("missing from shard")
+    if None in files.values():
+        raise BadSample("file too large")
+    data = next(files[extension] for extension in files if extension in IMAGES)
+    if (size := pixels(data)) > MOST_PIXELS:
+        raise BadSample("too many pixels")
     try:
-        data = next(files[extension] for extension in files if extension in IMAGES)
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
+        if not size:
+            raise ValueError("no JPEG, PNG or WebP")            # the decoders know more formats: films, for example
+        if data[:4] == b"\x89PNG":
+            return decode_png(data)
+        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except Exception as error:
         raise BadSample("corrupt image") from error
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)          # a PNG can have 16 bits
+
+
+def decode_png(data):
+    """A PNG, bytes -> uint8 [3, h, w]; any exception if it is broken. By Pillow, a quarter slower: one wrong bit in the compressed
+    pixels, and torchvision's decoder (0.29) ends the whole process with a segmentation fault."""
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
+    if image.mode.startswith("I"):                              # grey of 16 bits; Pillow itself takes the upper 8 of a colour
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def captions(files, caption_key):
-    """The captions among {extension: bytes} -> list of str, none of them empty. BadSample if there is not one."""
+    """The captions among {extension: bytes} -> list of str of up to MOST_CHARACTERS, none of them empty. BadSample if there is none."""
     try:
         value = json.loads(files["json"])[caption_key] if caption_key else files["txt"].decode("utf-8", "replace")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSample("no caption") from error
     texts = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip()]
     if not texts:
         raise BadSample("empty caption")
-    return texts
+    return [text[:MOST_CHARACTERS] for text in texts]
 
 
 # ---- the index ----
@@ -157,19 +269,29 @@ def index_file(pattern, url):
 def load_index(patterns, caption_key="", evaluation=False, verify=False, path=None):
     """Patterns of shards -> Index. Counts are read from each pattern's index_file (or `path`); what is missing there, or was made for
     a shard of another size in bytes, is counted, with progress, and written. caption_key: '' counts samples with KEY.txt, else with
-    KEY.json; evaluation: KEY.cls will do as well; verify: decodes all and prints what is bad. Raises ConfigError: missing,
-    unreadable or damaged shards, one without captions, no samples at all."""
+    KEY.json; evaluation: KEY.cls will do as well; verify: decodes all and prints what is bad. What is left out, an image without
+    caption or the reverse, is said once. Raises ConfigError: missing, unreadable or damaged shards (up to ten are named), one without
+    captions, no samples at all."""
     kinds = ("json" if caption_key else "txt", *(["cls"] if evaluation else []))
-    kind, shards, counts = "|".join(kinds), [], []
+    kind, shards, counts, damaged, left_out = "|".join(kinds), [], [], [], Counter()
+
+    def counted(url):
+        try:
+            return count_samples(url, kinds=kinds, verify=verify, caption_key=caption_key)
+        except ConfigError as error:
+            return error
+
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         urls, is_pipe = expand(pattern), pattern.startswith("pipe:")
         file = os.path.abspath(path or index_file(pattern, urls[0]))
         try:
             with open(file) as f:
                 known = json.load(f)["shards"]                  # {name: {"size": bytes, kind: count}}
+            if not all(isinstance(n, (int, type(None))) for entry in known.values() for n in entry.values()):
+                raise ValueError("counts are numbers")
         except OSError:
             known = {}
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{file} is not an index that data.py wrote: move it away") from error
         names = [url if is_pipe else os.path.relpath(url, os.path.dirname(file)) for url in urls]
         for name, url in zip(names, urls):
@@ -179,14 +301,25 @@ def load_index(patterns, caption_key="", evaluation=False, verify=False, path=No
         todo = {name: url for name, url in zip(names, urls) if verify or kind not in known[name]}
         try:
             with ThreadPool(8) as pool:                         # disks, pipes and decoders work side by side
-                results = pool.imap(partial(count_samples, kinds=kinds, verify=verify, caption_key=caption_key), todo.values())
-                for name, count in zip(todo, tqdm(results, f"indexing {pattern}", len(todo), unit="shard", disable=not todo)):
-                    known[name][kind] = count
+                results = pool.imap(counted, todo.values())
+                for name, result in zip(todo, tqdm(results, f"indexing {pattern}", len(todo), unit="shard", disable=not todo)):
+                    if isinstance(result, ConfigError):
+                        damaged.append(str(result))
+                    else:
+                        known[name][kind] = result[0]
+                        left_out += result[1]
+                    if len(damaged) == MOST_DAMAGED:
+                        break
         finally:                                                # what was counted is kept, whatever ended the counting
             if todo:
                 write_index(file, known)
         shards += urls
-        counts += [known[name][kind] for name in names]
+        counts += [known[name].get(kind, 0) for name in names]
+    if left_out:
+        print("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in left_out.most_common()), file=sys.stderr)
+    if damaged:
+        more = f"\n  and {len(damaged) - 10} more" + ", at least" * (len(damaged) >= MOST_DAMAGED) if len(damaged) > 10 else ""
+        raise ConfigError(damaged[0] if len(damaged) == 1 else "these shards cannot be used:\n  " + "\n  ".join(damaged[:10]) + more)
     if not sum(counts):
         raise ConfigError(f"{patterns}: no usable sample in {len(shards)} shards")
     return Index(shards, np.array(counts, dtype=np.int64), kinds)
@@ -205,31 +338,36 @@ def write_index(file, known):
 
 
 def count_samples(url, kinds, verify, caption_key):
-    """How many usable samples a shard holds: from img2dataset's NNNNN_stats.json beside it or by walking through its headers
-    (verify: by decoding them all). ConfigError if it cannot be used."""
-    count, bad = 0, Counter()
+    """-> (how many usable samples a shard holds, Counter of those left out): from img2dataset's NNNNN_stats.json beside it or by
+    walking through its headers (verify: by decoding them all). ConfigError if it cannot be used."""
+    count, bad, left_out = 0, Counter(), Counter()
     try:
         if not verify and (count := count_in_statistics(url, kinds)):
-            return count
-        for key, files in usable_samples(url, kinds, range(sys.maxsize if verify else 0)):
+            return count, left_out
+        for key, files in usable_samples(url, kinds, range(sys.maxsize if verify else 0), left_out):
             count += 1
             try:
                 if verify:
                     decode(files), "cls" in files or captions(files, caption_key)
             except BadSample as error:
                 bad[str(error)] += 1
-                tqdm.write(f"{url} {key}: {error}")
+                tqdm.write(f"{url} {shown(key)}: {error}")
         if verify:
             tqdm.write(f"{url}: {count} samples, bad: {dict(bad) or 'none'}")
         held = Counter() if count else Counter(extension for *_, extension in members(url))
     except (OSError, tarfile.TarError) as error:
-        size = "" if url.startswith("pipe:") else f" ({os.path.getsize(url)} bytes)"
+        size = f" ({os.path.getsize(url)} bytes)" if os.path.exists(url) else ""
         raise ConfigError(f"{url}{size} is unreadable or damaged after {count} samples: {error}; fetch it again, or leave it out") from error
     if held:
         raise ConfigError(f"{url} has no usable sample: one needs an image ({', '.join(sorted(IMAGES))}) and, of the same key, "
-                          f"{' or '.join(kinds)}; it holds {', '.join(f'{n} {extension}' for extension, n in held.most_common(8))}"
+                          f"{' or '.join(kinds)}; it holds {', '.join(f'{n} {shown(extension)}' for extension, n in held.most_common(8))}"
                           + ("; set caption_key if captions are in KEY.json" if "json" in held and "json" not in kinds else ""))
-    return count
+    return count, left_out
+
+
+def shown(name):
+    """A name out of a tar, fit to be printed: it can hold anything, even what moves a terminal's cursor."""
+    return (name if name.isprintable() else ascii(name))[:200]
 
 
 def count_in_statistics(url, kinds):
@@ -237,11 +375,13 @@ def count_in_statistics(url, kinds):
     (base, dot_tar, rest), is_pipe = url.rpartition(".tar"), url.startswith("pipe:")
     try:
         with open_url(f"{base}_stats.json{rest} 2>/dev/null" if is_pipe else f"{base}_stats.json") as f:
-            count = json.loads(f.read() if dot_tar else b"{}")["successes"]
+            count = json.loads(f.read(MOST_TEXT_BYTES) if dot_tar else b"{}")["successes"]
+        if not isinstance(count, int) or not 0 < count < (1 << 31 if is_pipe else os.path.getsize(url) // 1024):
+            return 0                                            # a sample has two headers of 512 bytes at least
         if not is_pipe:
             with open(url, "rb") as f:
                 f.seek(-1024, os.SEEK_END)                      # a tar ends with two empty blocks, one cut short does not
                 count *= not any(f.read())
         return count if count and next(usable_samples(url, kinds, range(0)), None) else 0
-    except (OSError, ValueError, KeyError, tarfile.TarError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, tarfile.TarError):
         return 0

@@ -356,7 +356,7 @@ def test_unreadable_shard_is_named(tmp_path):
 
 def test_error_in_a_worker_arrives(tmp_path):
     order = order_of(write_shards(tmp_path, (10,), **{f"s{n}": {"txt": b" "} for n in range(10)}), 4, 2)
-    with pytest.raises(data.ShardError, match=r"10\d\d bad samples in a row.*empty caption"):
+    with pytest.raises(data.ShardError, match=r"1\d bad samples in a row.*empty caption"):
         load(order, 0, 2, workers=1)
 
 
@@ -431,7 +431,7 @@ def test_errors_of_the_index(tmp_path):
     refused(str(tmp_path / "noise.tar"), r"noise.tar \(5000 bytes\) is unreadable or damaged after 0 samples: not a tar")
     (tmp_path / "folder.tar").mkdir()
     refused(str(tmp_path / "folder.tar"), "folder.tar .* is unreadable")
-    refused("pipe:false {1..2}.tar", "pipe:false 1.tar is unreadable or damaged after 0 samples: not a tar")
+    refused("pipe:false {1..2}.tar", "pipe:false 1.tar is unreadable or damaged after 0 samples: the command failed, exit status 1")
     whole = (tmp_path / "a" / "00000.tar").read_bytes()
     with tarfile.open(tmp_path / "a" / "00000.tar") as tar:
         header, end = tar.getmember("00002.png" if "00002.png" in tar.getnames() else "00002.webp").offset, tar.getmembers()[-1]
