@@ -299,13 +299,17 @@ class Stream(IterableDataset):
     def __iter__(self):
         info = get_worker_info()
         if info:
-            # A worker ends with the trainer, however that ends. But Slurm and Ctrl-C signal every process of a job, and a trainer
-            # that wants to finish its step needs its workers: SIGTERM gives it five more seconds.
+            # A worker ends with the trainer, however and whenever that ends: so this is done at once, and not when the first item is
+            # asked for. But Slurm and Ctrl-C signal every process of a job, and a trainer that wants to finish its step, and save,
+            # needs its workers: SIGTERM gives it most of the 30 seconds that torchrun gives.
             threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
             for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else lambda *_: signal.alarm(5))
+                signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else lambda *_: signal.alarm(25))
+        return self.items(*((info.id, info.num_workers) if info else (0, 1)))
+
+    def items(self, worker, workers):
         try:
-            yield from self.generate(info.id, info.num_workers) if info else self.generate(0, 1)
+            yield from self.generate(worker, workers)
         except ShardError as error:
             yield str(error)                    # so that the trainer shows a line, not a worker's traceback
 
