@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -18,9 +19,8 @@ import torch
 
 import checkpoint
 import config
-import dist
 import faults
-import optim
+import shapes
 import train as training
 from conftest import ROOT
 from loss import ContrastiveLoss
@@ -246,6 +246,32 @@ def test_too_many_skipped_steps_stop(tmp_path, sets, fault):                    
     fault(",".join(f"feature@{step}:0" for step in range(2, 20)))
     with pytest.raises(RuntimeError, match="11 of 12 steps were not finite"):
         train(str(tmp_path / "run"), sets, **{**RUN, "max_steps": 24, "log_steps": 1}, skip_nonfinite=True)
+
+
+# ---- bad data ----
+
+def spoiled(folder, every):
+    """The set of shapes, of which every so-manieth picture is no picture."""
+    pattern = shapes.write(str(folder))
+    for path in glob.glob(str(folder / "*.tar")):
+        with tarfile.open(path) as tar:
+            files = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
+        with tarfile.open(path, "w") as tar:
+            for n, (name, content) in enumerate(files):
+                shapes.add(tar, name, b"no picture" if name.endswith("png") and n // 3 % every == 0 else content)
+    return pattern
+
+
+def test_bad_samples_are_counted_over_all_jobs_and_many_stop_the_run(tmp_path, capsys):
+    """A few are replaced, and counted by reason in the metrics and in the log, on through a continued run; more than 1 % end it."""
+    out = str(tmp_path / "run")
+    few, many = dict(train_data=spoiled(tmp_path / "few", 96)), dict(train_data=spoiled(tmp_path / "many", 4))
+    train(out, few, **RUN, stop_after=6)
+    rows = train(out, few, **RUN, resume="auto")
+    assert [row["bad"].get("corrupt image", 0) for row in rows][-2:] == [rows[-2]["bad"]["corrupt image"], 8]        # 4 in each of 2 epochs
+    assert "bad 8: {'corrupt image': 8}" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"of 192 samples are bad: {'corrupt image': \d+}; look at the data"):
+        train(str(tmp_path / "many run"), many, **RUN)
 
 
 # ---- saving ----
