@@ -39,14 +39,12 @@ MODELS = {
 
 class Packing(NamedTuple):
     """How captions lie without padding, T tokens one behind another (see `pack`), and where in the padded [b, L] each belongs.
-
-    Only attention looks from token to token, so only there the captions' borders matter: everything else computes on [T, w].
-    """
+    Only attention looks from token to token, so only there their borders matter: everything else computes on [T, w]."""
     slots: torch.Tensor                                     # (T,) ascending: the place of each token among the b * L
     ends: torch.Tensor                                      # (b,) which of the T are <end_of_text>, where features are read
     seen: torch.Tensor                                      # (b, 1, 1, L) bool: the places that <end_of_text> attends to
-    starts: torch.Tensor                                    # (b + 1,) int32: where captions start among the T, and T. Or None:
-                                                            # there is no attention for that here, so attend on (b, L)
+    starts: torch.Tensor                                    # (b + 1,) int32: where captions start among the T, and T; or None,
+                                                            # where there is no varlen attention: then attend on (b, L)
     def pad(self, x):                                       # (T, w) -> (b, L, w), zeros elsewhere
         b, L = self.seen.shape[0], self.seen.shape[-1]
         return x.new_zeros(b * L, x.shape[-1]).index_copy(0, self.slots, x).unflatten(0, (b, L))
@@ -73,9 +71,8 @@ class Attention(nn.Module):
     def forward(self, x, packing=None):                                                   # (b, L, w), or (T, w) with a packing
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                         # (b, L, 3w)
         if packing and packing.starts is not None and qkv.dtype in (torch.bfloat16, torch.float16):
-            q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)                    # each (T, heads, w/heads)
-            L = packing.seen.shape[-1]
-            x = varlen_attn(q, k, v, packing.starts, packing.starts, L, L, window_size=(-1, 0))     # from all before to itself
+            qkv, L = qkv.unflatten(-1, (3, self.heads, -1)), packing.seen.shape[-1]       # (T, 3, heads, w/heads)
+            x = varlen_attn(*qkv.unbind(1), packing.starts, packing.starts, L, L, window_size=(-1, 0))      # causal
             return self.out_proj(x.flatten(1))                                            # (T, w)
         q, k, v = self.split(packing.pad(qkv) if packing else qkv)                        # each (b, heads, L, w/heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)                # (b, heads, L, w/heads)

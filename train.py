@@ -37,9 +37,11 @@ def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step
     rows = loss.lookup(batch.ids)
 
     # Features e1, e2 of my samples. With micro-batches: first without gradients, then once more, each with its gradient.
-    pieces = list(zip(batch.images.split(c.micro_batch or len(batch.ids)), batch.tokens.split(c.micro_batch or len(batch.ids))))
+    images, tokens, lengths = (x.split(c.micro_batch or len(batch.ids)) for x in (batch.images, batch.tokens, batch.lengths))
+    slots = [models.pack(part, batch.tokens.shape[1], batch.tokens.device) for part in lengths]         # all but the padding
+    pieces = list(zip(images, tokens, slots))
     with torch.set_grad_enabled(len(pieces) == 1), autocast():
-        features = [model(images, tokens) for images, tokens in pieces]
+        features = [model(*piece) for piece in pieces]
     image_features, text_features = (torch.cat(parts) for parts in zip(*features))              # (b, d) each
 
     # Gather features; contrast g; u <- (1 - gamma) u + gamma g; gradients of the objective by the features and by tau.

@@ -59,7 +59,7 @@ class Log:
         """Take note of a step; report if it is time, or if `flush`. RuntimeError for a non-finite objective or bad data."""
         for reason, count in batch.bad.items():
             self.bad[reason] = self.bad.get(reason, 0) + count
-        self.pending.append((step, batch.ids, batch.tokens.shape[1], torch.stack([out.objective.float(), out.mbcl.float(), out.tau.float()])))
+        self.pending.append((step, batch.ids, batch.lengths.float().mean().item(), torch.stack([out.objective.float(), out.mbcl.float(), out.tau.float()])))
         if flush or step % self.c.log_steps == 0 or step == self.total_steps:
             self.report(gamma, optimizer)
         self.asked = time.monotonic()
