@@ -258,7 +258,7 @@ class CLIP(nn.Module):
         """images [b, 3, image_size, image_size], uint8, or float with CLIP's mean and std already applied -> features [b, d].
 
         They have length 1, in float32 even under autocast (a float64 model: float64), unless normalize=False. Raises ValueError
-        for another shape. Any memory format will do; for is_resnet(model), channels_last is the faster one on CUDA.
+        for another shape. Any memory format will do; for is_resnet(model), a model in channels_last is the faster one.
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images are {list(images.shape)}, expected [b, 3, {self.image_size}, {self.image_size}]")
@@ -279,7 +279,8 @@ class CLIP(nn.Module):
             raise ValueError(f"captions of {L} tokens, but context_length is {self.context_length}")
         rows, end = torch.arange(0, b * L + 1, L, device=tokens.device), tokens.argmax(-1)
         slots = torch.arange(b * L, device=tokens.device) if slots is None else slots
-        varlen = VARLEN and tokens.is_cuda and torch.cuda.get_device_capability(tokens.device) >= (8, 0)
+        head = self.text_projection.shape[0] // self.transformer.resblocks[0].attn.heads
+        varlen = VARLEN and tokens.is_cuda and torch.cuda.get_device_capability(tokens.device) >= (8, 0) and head % 8 == 0
         packing = Packing(slots, ends=torch.searchsorted(slots, rows[:-1] + end),
                           seen=(torch.arange(L, device=tokens.device) <= end[:, None])[:, None, None],
                           starts=torch.searchsorted(slots, rows, out_int32=True) if varlen else None)
