@@ -158,6 +158,30 @@ def test_no_recompiles_after_warm_up():
         torch._dynamo.reset()
 
 
+def test_how_varlen_attention_is_called(monkeypatch):
+    """Without a GPU: a stand-in that goes through the captions one by one."""
+    def one_by_one(q, k, v, starts, starts_k, longest, longest_k, window_size):
+        assert q.shape == k.shape == v.shape == (len(slots), 3, 16) and starts is starts_k and starts.dtype == torch.int32
+        assert window_size == (-1, 0) and longest == longest_k >= starts.diff().max() and starts[-1] == len(q)
+        captions = zip(*(x.split(starts.diff().tolist()) for x in (q, k, v)))
+        out = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), is_causal=True).transpose(0, 1) for qkv in captions]
+        calls.append(torch.cat(out))
+        return calls[-1]
+    calls = []
+    monkeypatch.setattr(models, "varlen_attn", one_by_one, raising=False)
+    model = tiny("vit").bfloat16()
+    lengths = torch.tensor(LENGTHS["tail"])
+    slots, end = models.pack(lengths, 20), lengths - 1
+    rows = torch.arange(0, 101, 20)
+    packing = models.Packing(slots, torch.searchsorted(slots, rows[:-1] + end), (torch.arange(20) <= end[:, None])[:, None, None], None)
+    x = torch.randn(len(slots), 48, dtype=torch.bfloat16)
+    padded = model.transformer(x, packing)
+    assert not calls
+    varlen = model.transformer(x, packing._replace(starts=torch.searchsorted(slots, rows, out_int32=True)))
+    assert len(calls) == 1 and varlen.shape == (5, 48)                                      # of two layers: the last has one query
+    torch.testing.assert_close(varlen, padded, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_on_a_gpu(precision):
