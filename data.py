@@ -228,10 +228,11 @@ class Lane:
 # ---- the loader ----
 
 class Batch(NamedTuple):
-    """A rank's share of a global batch: images uint8 [b, 3, S, S], tokens int64 [b, L] zero-padded, ids int64 [b] on the CPU,
-    bad {reason: how many samples were replaced}."""
+    """A rank's share of a global batch: images uint8 [b, 3, S, S], tokens int64 [b, L] zero-padded, lengths int64 [b] of
+    the captions, on the CPU as are ids int64 [b], bad {reason: how many samples were replaced}."""
     images: torch.Tensor
     tokens: torch.Tensor
+    lengths: torch.Tensor
     ids: torch.Tensor
     bad: dict
 
@@ -266,11 +267,11 @@ class Loader:
     def __iter__(self):
         shares = run_workers(self.shares, self.workers, self.device.type == "cuda")
         for _ in self.steps:
-            images, tokens, ids, bad = zip(*islice(shares, max(1, self.workers)))       # the workers take turns
-            longest = 1 + max(int(x.argmax(1).max()) for x in tokens)                   # <end_of_text> is the largest id
-            length = min(-(-longest // 8) * 8, self.context_length)
+            images, tokens, lengths, ids, bad = zip(*islice(shares, max(1, self.workers)))      # the workers take turns
+            lengths = torch.cat(lengths)
+            longest = min(-(-int(lengths.max()) // 8) * 8, self.context_length)
             images, tokens = (torch.cat([x.to(self.device, non_blocking=True) for x in xs]) for xs in (images, tokens))
-            yield Batch(images, tokens[:, :length].contiguous(), torch.cat(ids), dict(sum(map(Counter, bad), Counter())))
+            yield Batch(images, tokens[:, :longest].contiguous(), lengths, torch.cat(ids), dict(sum(map(Counter, bad), Counter())))
 
 
 def shares(order, lanes, steps, prepare, context_length, worker, workers):
@@ -281,7 +282,9 @@ def shares(order, lanes, steps, prepare, context_length, worker, workers):
     for step in steps:
         bad = Counter()
         ids, images, texts = zip(*(sample for lane in lanes for sample in lane.take(step, bad)))
-        yield Batch(torch.stack(images), tokenize(texts), torch.tensor(ids), dict(bad))
+        tokens = tokenize(texts)
+        lengths = 1 + tokens.argmax(1)                                                  # <end_of_text> is the largest id
+        yield Batch(torch.stack(images), tokens, lengths, torch.tensor(ids), dict(bad))
 
 
 def default_workers():

@@ -114,9 +114,11 @@ def encode_texts(model, texts, c, device, autocast, beat):
     for start in range(0, len(share), c.eval_batch):
         beat(f"evaluation, text {start} of {len(share)}")
         tokens = tokenizer(share[start:start + c.eval_batch])
-        tokens = tokens[:, :1 + int(tokens.argmax(1).max())]             # <end_of_text> is the largest id
+        lengths = 1 + tokens.argmax(1)                                   # <end_of_text> is the largest id
+        longest = int(lengths.max())
         with autocast():
-            features.append(model.encode_text(tokens.to(device)).float().cpu())
+            slots = models.pack(lengths, longest, device)
+            features.append(model.encode_text(tokens[:, :longest].to(device), slots).float().cpu())
     shares = dist.all_gather_objects(torch.cat(features) if features else None)
     out = torch.empty(len(texts), shares[0].shape[1])
     for r, share in enumerate(shares):

@@ -1,7 +1,7 @@
 """CLIP: an image tower, a text tower, one feature space.
 
     images [b, 3, S, S] -> ViT or ResNet      -> [b, d] -> / length
-    tokens [b, L]       -> causal transformer -> [b, d] -> / length
+    tokens [b, L]       -> causal transformer -> [b, d] -> / length        (padding, most of b x L, is left out: see Packing)
 
 The architecture of Radford et al. 2021 (arXiv 2103.00020), with the exact GELU. Names, shapes and initial distributions
 of all parameters are OpenCLIP's: `open_clip.create_model_and_transforms(name, pretrained=path)` loads what we save.
@@ -10,8 +10,10 @@ of all parameters are OpenCLIP's: `open_clip.create_model_and_transforms(name, p
 import contextlib
 import copy
 import difflib
+import inspect
 import math
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +24,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import ConfigError
 
+try:
+    from torch.nn.attention.varlen import varlen_attn       # torch 2.10 has it too, but is told otherwise to be causal
+    VARLEN = "window_size" in inspect.signature(varlen_attn).parameters
+except ImportError:
+    VARLEN = False
+
 TEXT = dict(context_length=77, vocab_size=49408, text_width=512, text_heads=8, text_layers=12)
 MODELS = {
     "RN50": dict(embed_dim=1024, image_size=224, vision_layers=(3, 4, 6, 3), vision_width=64, vision_norm="batch", **TEXT),
     "ViT-B-32": dict(embed_dim=512, image_size=224, vision_layers=12, vision_width=768, patch_size=32, **TEXT),
     "ViT-B-16": dict(embed_dim=512, image_size=224, vision_layers=12, vision_width=768, patch_size=16, **TEXT),
 }
+
+class Packing(NamedTuple):
+    """How captions lie without padding, T tokens one behind another (see `pack`), and where in the padded [b, L] each belongs.
+    Only attention looks from token to token, so only there their borders matter: everything else computes on [T, w]."""
+    slots: torch.Tensor                                     # (T,) ascending: the place of each token among the b * L
+    ends: torch.Tensor                                      # (b,) which of the T are <end_of_text>, where features are read
+    seen: torch.Tensor                                      # (b, 1, 1, L) bool: the places that <end_of_text> attends to
+    starts: torch.Tensor                                    # (b + 1,) int32: where captions start among the T, and T; or None,
+                                                            # where there is no varlen attention: then attend on (b, L)
+    def pad(self, x):                                       # (T, w) -> (b, L, w), zeros elsewhere
+        b, L = self.seen.shape[0], self.seen.shape[-1]
+        return x.new_zeros(b * L, x.shape[-1]).index_copy(0, self.slots, x).unflatten(0, (b, L))
+
+    def unpad(self, x):                                     # (b, L, w) -> (T, w)
+        return x.flatten(0, 1).index_select(0, self.slots)
 
 class LayerNorm(nn.LayerNorm):
     """Autocast computes norms in float32. The result returns to the input's type: the norm does not change the stream's."""
@@ -45,11 +68,29 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x):                                                                 # (b, L, w)
+    def forward(self, x, packing=None):                                                   # (b, L, w), or (T, w) with a packing
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                         # (b, L, 3w)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)           # each (b, heads, L, w/heads)
+        if packing and packing.starts is not None and qkv.dtype in (torch.bfloat16, torch.float16):
+            qkv, L = qkv.unflatten(-1, (3, self.heads, -1)), packing.seen.shape[-1]       # (T, 3, heads, w/heads)
+            x = varlen_attn(*qkv.unbind(1), packing.starts, packing.starts, L, L, window_size=(-1, 0))      # causal
+            return self.out_proj(x.flatten(1))                                            # (T, w)
+        q, k, v = self.split(packing.pad(qkv) if packing else qkv)                        # each (b, heads, L, w/heads)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)                # (b, heads, L, w/heads)
-        return self.out_proj(x.transpose(1, 2).flatten(2))                                # (b, L, w)
+        x = x.transpose(1, 2).flatten(2)                                                  # (b, L, w)
+        return self.out_proj(packing.unpad(x) if packing else x)
+
+    def one(self, x, query, packing=None):                                                # (b, L, w) or (T, w), (b, w)
+        """One query in each sequence: its answer (b, w) needs the keys and values of all tokens, but no other query."""
+        w = x.shape[-1]
+        (q_weight, kv_weight), (q_bias, kv_bias) = self.in_proj_weight.split([w, 2 * w]), self.in_proj_bias.split([w, 2 * w])
+        q, kv = F.linear(query, q_weight, q_bias), F.linear(x, kv_weight, kv_bias)        # (b, w), (b, L, 2w) or (T, 2w)
+        k, v = self.split(packing.pad(kv) if packing else kv)                             # each (b, heads, L, w/heads)
+        q = q.unflatten(-1, (self.heads, 1, -1))                                          # (b, heads, 1, w/heads)
+        x = F.scaled_dot_product_attention(q, k, v, packing.seen if packing else None)    # (b, heads, 1, w/heads)
+        return self.out_proj(x.flatten(1))                                                # (b, w)
+
+    def split(self, x):                                     # (b, L, n w) -> n times (b, heads, L, w/heads)
+        return x.unflatten(-1, (-1, self.heads, self.out_proj.in_features // self.heads)).permute(2, 0, 3, 1, 4)
 
 class Block(nn.Module):
     """First the tokens look at each other, then each thinks for itself; both times they add to what they know."""
@@ -59,8 +100,13 @@ class Block(nn.Module):
         mlp = OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
         self.ln_2, self.mlp = LayerNorm(width), nn.Sequential(mlp)
 
-    def forward(self, x):                                                                 # (b, L, w)
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, packing=None, last=False):         # (b, L, w) or (T, w) -> the same, or of the last block (b, w)
+        y = self.ln_1(x)
+        if last:                                            # one token is read after it: the class token, or <end_of_text>
+            x, query = (t.index_select(0, packing.ends) if packing else t[:, 0] for t in (x, y))    # (b, w)
+            x = x + self.attn.one(y, query, packing)
+        else:
+            x = x + self.attn(y, packing)
         return x + self.mlp(self.ln_2(x))
 
 class Transformer(nn.Module):
@@ -69,9 +115,10 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads, causal) for _ in range(layers))
         self.grad_checkpointing = False
 
-    def forward(self, x):
+    def forward(self, x, packing=None):                     # (b, L, w) or (T, w) -> (b, w): what is read of it
         for block in self.resblocks:
-            x = recomputed(block, x) if self.grad_checkpointing else block(x)
+            args = x, packing, block is self.resblocks[-1]
+            x = recomputed(block, *args) if self.grad_checkpointing else block(*args)
         return x
 
 class VisionTransformer(nn.Module):
@@ -90,7 +137,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)                                      # (b, patches, w)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)     # (b, 1 + patches, w)
         x = self.transformer(self.ln_pre(x + self.positional_embedding.to(x.dtype)))
-        return self.ln_post(x[:, 0]) @ self.proj                                          # (b, d)
+        return self.ln_post(x) @ self.proj                                                # (b, d)
 
 def group_norm(channels):
     """In place of BatchNorm2d: sees one sample only. Groups of 8 channels or more (if there are as many), at most 32 groups."""
@@ -162,7 +209,7 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, x):
         for stage in (self.stem, self.layer1, self.layer2, self.layer3, self.layer4):     # at last (b, 32 width, S/32, S/32)
-            x = recomputed(stage, x, self) if self.grad_checkpointing else stage(x)
+            x = recomputed(stage, x, module=self) if self.grad_checkpointing else stage(x)
         return self.attnpool(x)                                                           # (b, d)
 
 class TimmTower(nn.Module):
@@ -203,15 +250,15 @@ class CLIP(nn.Module):
             for added in (block.attn.out_proj, block.mlp.c_proj):
                 nn.init.normal_(added.weight, std=(2 * text_layers * text_width) ** -0.5)
 
-    def forward(self, images, tokens):
+    def forward(self, images, tokens, slots=None):
         """-> (image_features [b, d], text_features [b, d]), each row of length 1; see encode_image and encode_text."""
-        return self.encode_image(images), self.encode_text(tokens)
+        return self.encode_image(images), self.encode_text(tokens, slots)
 
     def encode_image(self, images, normalize=True):
         """images [b, 3, image_size, image_size], uint8, or float with CLIP's mean and std already applied -> features [b, d].
 
         They have length 1, in float32 even under autocast (a float64 model: float64), unless normalize=False. Raises ValueError
-        for another shape. Any memory format will do; for is_resnet(model), channels_last is the faster one on CUDA.
+        for another shape. Any memory format will do; for is_resnet(model), a model in channels_last is the faster one.
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images are {list(images.shape)}, expected [b, 3, {self.image_size}, {self.image_size}]")
@@ -220,18 +267,25 @@ class CLIP(nn.Module):
         features = self.visual(images)
         return unit_length(features) if normalize else features
 
-    def encode_text(self, tokens, normalize=True):
+    def encode_text(self, tokens, slots=None, normalize=True):
         """tokens int64 [b, L], L <= context_length, zeros after the end -> features [b, d]; normalize as in encode_image.
 
         The feature is read at <end_of_text>, the largest token id, and no token sees a later one: what comes after it does
-        not matter, so trim a batch to its longest caption. Raises ValueError for more than context_length tokens.
+        not matter. slots int64 [T], from `pack`: the places that are computed; without it, all b * L. The features are the
+        same. Raises ValueError for more than context_length tokens.
         """
         b, L = tokens.shape
         if L > self.context_length:
             raise ValueError(f"captions of {L} tokens, but context_length is {self.context_length}")
-        x = self.transformer(self.token_embedding(tokens) + self.positional_embedding[:L])  # (b, L, w)
-        x = x[torch.arange(b, device=x.device), tokens.argmax(-1)]                        # (b, w) at <end_of_text>
-        features = self.ln_final(x) @ self.text_projection                                # (b, d)
+        rows, end = torch.arange(0, b * L + 1, L, device=tokens.device), tokens.argmax(-1)
+        slots = torch.arange(b * L, device=tokens.device) if slots is None else slots
+        head = self.text_projection.shape[0] // self.transformer.resblocks[0].attn.heads
+        varlen = VARLEN and tokens.is_cuda and torch.cuda.get_device_capability(tokens.device) >= (8, 0) and head % 8 == 0
+        packing = Packing(slots, ends=torch.searchsorted(slots, rows[:-1] + end),
+                          seen=(torch.arange(L, device=tokens.device) <= end[:, None])[:, None, None],
+                          starts=torch.searchsorted(slots, rows, out_int32=True) if varlen else None)
+        x = self.token_embedding(tokens.flatten()[slots]) + F.embedding(slots % L, self.positional_embedding)    # (T, w)
+        features = self.ln_final(self.transformer(x, packing)) @ self.text_projection     # (b, d)
         return unit_length(features) if normalize else features
 
     def set_grad_checkpointing(self, enable=True):
@@ -279,6 +333,18 @@ def create(name, tau_init=0.07, **overrides):
         visual = ModifiedResNet(n["image_size"], n["vision_layers"], n["vision_width"], n["embed_dim"], n["vision_norm"])
     return CLIP(visual, n["image_size"] or visual.image_size, n["embed_dim"], **{k: n[k] for k in TEXT}, tau_init=tau_init)
 
+def pack(lengths, longest, device="cpu"):
+    """lengths int64 [b], on the CPU, of captions padded to [b, longest] -> slots int64 [T] on `device`, for encode_text.
+
+    slots are the places of the captions' own tokens, and of a little padding behind the first captions, which makes T a multiple
+    of b: half a token per caption on average, and over all batches T takes at most `longest` values. So compiled graphs are
+    reused. The host knows T and waits for nothing.
+    """
+    room, padding = longest - lengths, -lengths.sum() % len(lengths)
+    added = (padding - (room.cumsum(0) - room)).clamp(min=0).minimum(room)                # fill the first caption, then the next
+    slots = (torch.arange(longest) < (lengths + added)[:, None]).flatten().nonzero().squeeze(1)
+    return slots.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else slots.to(device)
+
 def is_resnet(model):
     return isinstance(model.visual, ModifiedResNet)
 
@@ -305,9 +371,9 @@ def forward_flops(model, text_len):
 def unit_length(x):
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)              # bfloat16 would be off by 0.4 %
 
-def recomputed(block, x, module=None):
-    """block(x), keeping x alone for the backward pass. `module`: whose batch statistics the second run must not count again."""
-    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False,            # there is no dropout
+def recomputed(block, *args, module=None):
+    """block(*args), keeping args alone for the backward pass. `module`: whose batch statistics the second run must not count again."""
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False,            # there is no dropout
                       context_fn=lambda: (contextlib.nullcontext(), frozen_batch_stats(module or block)))
 
 @contextlib.contextmanager

@@ -41,9 +41,11 @@ def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step
     rows = loss.lookup(batch.ids)
 
     # Features e1, e2 of my samples. With micro-batches: first without gradients, then once more, each with its gradient.
-    pieces = list(zip(batch.images.split(c.micro_batch or len(batch.ids)), batch.tokens.split(c.micro_batch or len(batch.ids))))
+    # The host knows the captions' lengths, so it can leave out their padding (slots: where there is none) and wait for nothing.
+    pieces = [(images, tokens, models.pack(lengths, tokens.shape[1], tokens.device)) for images, tokens, lengths
+              in zip(*(x.split(c.micro_batch or len(batch.ids)) for x in (batch.images, batch.tokens, batch.lengths)))]
     with torch.set_grad_enabled(len(pieces) == 1), autocast():
-        features = [model(images, tokens) for images, tokens in pieces]
+        features = [model(images, tokens, slots) for images, tokens, slots in pieces]
     image_features, text_features = (torch.cat(parts) for parts in zip(*features))              # (b, d) each
 
     # Gather features; contrast g; u <- (1 - gamma) u + gamma g; gradients of the objective by the features and by tau.
@@ -110,7 +112,7 @@ def main(argv):
         torch.manual_seed(c.seed)
         model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
         dtype = dist.precision(c.precision, device)
-        if device.type == "cuda" and models.is_resnet(model):
+        if models.is_resnet(model):
             model.to(memory_format=torch.channels_last)
         dist.broadcast_weights(model)
         optimizer = optim.create(model, c)

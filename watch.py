@@ -66,7 +66,7 @@ class Log:
         for reason, count in batch.bad.items():
             self.bad[reason] += count
         values = torch.stack([x.float() for x in (out.objective, out.mbcl, out.tau, grad_norm)])
-        self.pending.append((step, batch.ids, batch.tokens.shape[1], values, out.finite, grad_finite))
+        self.pending.append((step, batch.ids, batch.lengths.float().mean().item(), values, out.finite, grad_finite))
         if step % self.c.log_steps == 0 or step == self.total_steps:
             self.report(step, gamma, optimizer)
         self.asked = time.monotonic()

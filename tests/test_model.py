@@ -253,14 +253,15 @@ def test_costs():
     name, n = TINY["vit"]
     model, w, patches, L = tiny("vit"), 128, 9, 5
     block = lambda tokens, w: 2 * tokens * 12 * w * w + 4 * tokens * tokens * w            # projections and MLP, attention
+    last = lambda tokens, w: 2 * (2 * tokens + 10) * w * w + 4 * tokens * w                # keys and values of all, the rest of one
     assert models.forward_flops(model, L) == dict(
-        image=2 * patches * 3 * 16 ** 2 * w + 2 * block(patches + 1, w) + 2 * w * 32,
-        text=2 * block(L, 48) + 2 * 48 * 32)
+        image=2 * patches * 3 * 16 ** 2 * w + block(patches + 1, w) + last(patches + 1, w) + 2 * w * 32,
+        text=block(L, 48) + last(L, 48) + 2 * 48 * 32)
     count = models.num_parameters(ours("ViT-B-32"))
     assert count == dict(image=87849216, text=63428096, total=151277313)
     with torch.device("meta"):
         large = models.create("ViT-B-32")
-    assert sum(models.forward_flops(large, 77).values()) / 1e9 == pytest.approx(14.8, abs=0.05)
+    assert sum(models.forward_flops(large, 77).values()) / 1e9 == pytest.approx(13.77, abs=0.05)       # 14.8 with whole last blocks
 
 
 @pytest.mark.parametrize("name, overrides, words", [

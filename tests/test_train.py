@@ -95,6 +95,15 @@ def test_two_ranks_are_one(tmp_path, sets, algorithm):
         assert a["tau"] == pytest.approx(b["tau"], rel=1e-4)
 
 
+def test_two_ranks_train_a_resnet(tmp_path, sets):
+    """In channels_last, whose strides the collectives and the gradients' buckets must bear."""
+    resnet = dict(model="RN50", patch_size=None, vision_norm="group", vision_width=8, vision_layers=(1, 1, 1, 1), max_steps=4)
+    one = train(str(tmp_path / "one"), sets, **resnet)
+    two = train(str(tmp_path / "two"), sets, ranks=2, **resnet)
+    assert [row["objective"] for row in two] == pytest.approx([row["objective"] for row in one], rel=2e-4)
+    assert [row["mbcl"] for row in two] == pytest.approx([row["mbcl"] for row in one], rel=2e-4)
+
+
 def test_micro_batches_are_exact(tmp_path, sets):
     one = train(str(tmp_path / "one"), sets, max_steps=8)
     parts = train(str(tmp_path / "parts"), sets, max_steps=8, micro_batch=16)
