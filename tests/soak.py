@@ -66,11 +66,14 @@ def role(pid):
     """What a process of a run is."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as f:
-            words = f.read().decode().split("\0")
+            text = f.read().decode()
+        with open(f"/proc/{pid}/stat") as f:
+            parent = int(f.read().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
-    text = " ".join(words)
-    for name, sign in (("torchrun", "torch.distributed.run"), ("rank", "train.py"), ("worker", "forkserver"), ("tracker", "resource_tracker")):
+    if "multiprocessing.forkserver" in text:                           # the server itself may die without harm: its work is done
+        return "worker" if role(parent) in ("server", "worker") else "server"
+    for name, sign in (("torchrun", "torch.distributed.run"), ("rank", "train.py"), ("rank", "faults.py"), ("tracker", "resource_tracker")):
         if sign in text:
             return name
     return "other"
