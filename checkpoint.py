@@ -36,15 +36,29 @@ class Saver:
 
     Raises ConfigError if another run is writing there now."""
 
-    def __init__(self, config, model, optimizer, loss, scaler, newest=None):
-        """newest: the checkpoint that this run starts from, if any."""
-        self.config, self.model, self.optimizer, self.loss, self.scaler, self.newest = config, model, optimizer, loss, scaler, newest
-        self.root, self.thread, self.held, self.lock = os.path.join(config.out_dir, "checkpoints"), None, None, None
-        self.lock = dist.from_first_rank(claim, config.out_dir)
+    def __init__(self, config, model, optimizer, loss, scaler, fingerprint="", newest=None, lock=None):
+        """fingerprint: of the data set. newest: the checkpoint that this run starts from, if any. lock: what claim() gave, if it did."""
+        self.config, self.model, self.optimizer, self.loss, self.scaler = config, model, optimizer, loss, scaler
+        self.fingerprint, self.newest, self.root = fingerprint, newest, os.path.join(config.out_dir, "checkpoints")
+        self.thread = self.held = None
+        self.lock = dist.from_first_rank(lambda: claim(config.out_dir, create=True) if lock is None else lock)
+        for _ in range(30):                                 # network file systems show new files late
+            if os.path.exists(os.path.join(config.out_dir, ".lock")):
+                break
+            time.sleep(1)
+        else:
+            raise ConfigError(f"rank {dist.rank()} on {socket.gethostname()} does not see {config.out_dir}/.lock, which rank 0 has written: "
+                              f"out_dir must be on a disk that all hosts share")
         if dist.rank() == 0:
             for name in os.listdir(self.root):              # what a run that was killed has left
                 if name.endswith(".partial"):
                     remove(os.path.join(self.root, name))
+            # Later checkpoints than the one that this run starts from are damaged, or another course of the run: they are put aside,
+            # so that they never count as the ones before.
+            for name in steps(self.root):
+                if newest is None or age(name) > age(os.path.basename(newest)):
+                    remove(os.path.join(self.root, name + ".abandoned"))
+                    os.rename(os.path.join(self.root, name), os.path.join(self.root, name + ".abandoned"))
         dist.barrier()
 
     def save(self, step, log_state):
@@ -52,18 +66,23 @@ class Saver:
         return, otherwise after commit(). RuntimeError if a weight is not finite: such a checkpoint is of no use to anybody."""
         start = time.monotonic()
         self.commit()                                       # one at a time
-        dist.average_batchnorm(self.model)
-        finite = torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).tolist()
+        weights = self.model.state_dict()
+        finite = torch.stack([torch.isfinite(x).all() for x in weights.values()]).tolist()
         if not all(finite):
-            name = [name for name, _ in self.model.named_parameters()][finite.index(False)]
+            name = list(weights)[finite.index(False)]
             raise RuntimeError(f"{name} is not finite after step {step}, which is not saved. {self.describe_newest()}")
         state = self.loss.state
-        files = {state_file(dist.rank(), dist.world_size()): {"table": state.table[:-1], "columns": state.columns, "num_samples": state.num_samples}}
+        files = {state_file(dist.rank(), dist.world_size()): {"table": state.table[:-1], "columns": state.columns, "num_samples": state.num_samples,
+                                                              "batchnorm": dist.batchnorm(self.model)}}
         if dist.rank() == 0:
-            files["model.pt"] = {"state_dict": self.model.state_dict()}
+            files["model.pt"] = {"state_dict": weights}
             files["train.pt"] = {"step": step, "world_size": dist.world_size(), "optimizer": self.optimizer.state_dict(), "log": log_state,
-                                 "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(), "config": dataclasses.asdict(self.config)}
-        self.held = snapshot(files, self.held)
+                                 "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(), "fingerprint": self.fingerprint,
+                                 "config": dataclasses.asdict(self.config)}
+        own = snapshot(dist.batchnorm(self.model), None)
+        with dist.averaged_batchnorm(self.model):
+            self.held = snapshot(files, self.held)
+        self.held[state_file(dist.rank(), dist.world_size())]["batchnorm"] = own
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()                        # the copies have arrived
         self.final, self.sums, self.error = os.path.join(self.root, f"step-{step:08d}"), {}, None
@@ -120,7 +139,6 @@ class Saver:
             f.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
             flush(f)
         flush_folder(partial)
-        remove(self.final)                                  # of an earlier run that was continued from before this step
         os.rename(partial, self.final)
         flush_folder(self.root)
         name = os.path.basename(self.final)
@@ -129,8 +147,7 @@ class Saver:
             flush(f)
         os.replace(os.path.join(self.root, "latest.partial"), os.path.join(self.root, "latest"))
         flush_folder(self.root)
-        older = [d for d in steps(self.root) if d < name]
-        for old in older[max(0, self.config.keep - 1):]:
+        for old in steps(self.root)[self.config.keep:]:
             remove(os.path.join(self.root, old))
 
     def describe_newest(self):
@@ -143,14 +160,16 @@ class Saver:
 
     def close(self):
         """Let the next run write here."""
-        if dist.rank() == 0 and self.lock is not None:
+        if dist.rank() == 0 and self.lock is not None and not self.writing():       # if something still writes, the process's end does it
             os.close(self.lock)
             self.lock = None
 
 
-def claim(out_dir):
-    """Make out_dir/checkpoints and lock it for this process, for as long as it lives -> a file descriptor, or None where the file
-    system knows no locks. ConfigError if another process has it."""
+def claim(out_dir, create=False):
+    """Lock out_dir for this process, for as long as it lives -> a file descriptor, or None where the file system knows no locks, or
+    where there is no such folder (create: make it, and its checkpoints folder). ConfigError if another process has it."""
+    if not create and not os.path.isdir(out_dir):
+        return None
     os.makedirs(os.path.join(out_dir, "checkpoints"), exist_ok=True)
     lock = os.open(os.path.join(out_dir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -172,8 +191,8 @@ def snapshot(tree, held=None):
         return [snapshot(v, held[i] if isinstance(held, list) and i < len(held) else None) for i, v in enumerate(tree)]
     if not torch.is_tensor(tree):
         return tree
-    if not (torch.is_tensor(held) and held.shape == tree.shape and held.dtype == tree.dtype):
-        held = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
+    if not (torch.is_tensor(held) and held.shape == tree.shape and held.dtype == tree.dtype and held.stride() == tree.stride()):
+        held = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)    # strides too: channels_last stays so
     return held.copy_(tree.detach(), non_blocking=True)
 
 
@@ -229,15 +248,21 @@ def remove(path):
 
 def steps(root):
     """The checkpoints' names, newest first."""
-    return sorted((d for d in os.listdir(root) if re.fullmatch(r"step-\d{8,}", d)), key=lambda d: (len(d), d), reverse=True)
+    return sorted((d for d in os.listdir(root) if re.fullmatch(r"step-\d{8,}", d)), key=age, reverse=True)
 
 
-def damage(folder, names=None):
+def age(name):
+    """What orders checkpoints' names by step."""
+    return len(name), name
+
+
+def damage(folder, names=None, beat=lambda where: None):
     """What is wrong with the files of a checkpoint (or with `names` among them), in words; None if all are as they were written."""
     try:
         with open(os.path.join(folder, SUMS)) as f:
             sums = {name: digest for digest, name in (line.split() for line in f)}
         for name in names or [*sums, "model.pt", "train.pt"]:
+            beat(f"start-up, verifying {os.path.join(folder, name)}")
             with open(os.path.join(folder, name), "rb") as f:
                 sha256 = hashlib.sha256()
                 while data := f.read(1 << 20):
@@ -250,34 +275,35 @@ def damage(folder, names=None):
         return f"{type(error).__name__}: {error}"
 
 
-def find(config, names=None):
+def find(config, names=None, beat=lambda where: None):
     """config.resume -> the checkpoint folder to start from, or None. Every file (or `names`) is compared with its sum; of "auto"'s
     checkpoints the newest undamaged one is taken, and the damaged ones are named on stderr. ConfigError if what is asked for is not
-    there, or if a new run would be written over an old one."""
+    there, or if a new run would be written over an old one. beat(where) is told of progress."""
     root = os.path.join(config.out_dir, "checkpoints")
+    there = steps(root) if os.path.isdir(root) else []
+    another = config.resume not in ("auto", "none") and os.path.abspath(os.path.dirname(config.resume.rstrip("/"))) != os.path.abspath(root)
+    if there and (config.resume == "none" or another) and not names:
+        raise ConfigError(f"{config.out_dir} already holds a run, saved at {there[0]}. Continue it with --resume=auto, "
+                          f"choose another --out_dir, or delete that folder")
     if config.resume not in ("auto", "none"):
         if not os.path.isdir(config.resume):
             raise ConfigError(f"resume = {config.resume!r} is no checkpoint (give a folder like runs/NAME/checkpoints/step-00001000)")
-        if wrong := damage(config.resume, names):
+        if wrong := damage(config.resume, names, beat):
             raise ConfigError(f"{config.resume} cannot be used: {wrong}; use another checkpoint")
         return config.resume
-    there = steps(root) if os.path.isdir(root) else []
     if not there:
         return None
-    if config.resume == "none":
-        raise ConfigError(f"{config.out_dir} already holds a run, saved at {there[0]}. Continue it with --resume=auto, "
-                          f"choose another --out_dir, or delete that folder")
     try:
         with open(os.path.join(root, "latest"), errors="replace") as f:
             latest = f.read().strip()
     except OSError:
         latest = ""
-    # Newer folders than `latest` are of a run that was since continued from an earlier step, or of a save that was not finished.
-    candidates = [d for d in there if (len(d), d) <= (len(latest), latest)] or there
+    # A newer folder than `latest` is of a save that was not finished, by a rename.
+    candidates = [d for d in there if age(d) <= age(latest)] or there
     damaged = []
     for name in candidates:
         folder = os.path.join(root, name)
-        wrong = damage(folder, names)
+        wrong = damage(folder, names, beat)
         if not wrong:
             if name != latest:
                 print(f"warning: continuing from {name}, the newest checkpoint that is whole", file=sys.stderr, flush=True)
@@ -310,7 +336,7 @@ def load_model(path, model, config=None):
     model.load_state_dict(weights)
 
 
-def load(path, model, optimizer, loss, scaler, config):
+def load(path, model, optimizer, loss, scaler, config, fingerprint=""):
     """Continue from the folder `path` -> (the number of steps done, the log's state). Every rank calls this. The world size may be
     another than the one that saved: rows of the u-state are found by sample id. ConfigError if the checkpoint is of another model,
     algorithm or data set."""
@@ -320,10 +346,17 @@ def load(path, model, optimizer, loss, scaler, config):
     for key in ("algorithm", "optimizer", "batch_size", "seed", "lanes", "shuffle_block"):
         if there[key] != getattr(config, key):
             raise ConfigError(f"{path} was trained with {key} = {there[key]!r}, this run has {getattr(config, key)!r}; a continued run cannot change it")
+    if train["fingerprint"] != fingerprint:
+        raise ConfigError(f"{path} was trained on another data set, or on another order of shards: its index differs from that of "
+                          f"train_data = {config.train_data}, so ids would mean other samples")
     fresh = [{k: v for k, v in group.items() if k in ("weight_decay", "betas", "eps", "momentum")} for group in optimizer.param_groups]
     optimizer.load_state_dict(train["optimizer"])
     for group, settings in zip(optimizer.param_groups, fresh):
         group.update(settings)                              # the moments are the checkpoint's, the settings this run's
+    for p, state in optimizer.state.items():
+        for name, x in state.items():                       # fused optimizers walk through memory: moments lie as their weights do
+            if torch.is_tensor(x) and x.shape == p.shape and x.stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
     if train["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(train["scaler"])
     torch.set_rng_state(train["rng"])
@@ -333,6 +366,9 @@ def load(path, model, optimizer, loss, scaler, config):
         if saved["columns"] != state.columns or saved["num_samples"] != state.num_samples:
             raise ConfigError(f"{path} keeps {saved['columns']} for {saved['num_samples']} samples, this run {state.columns} for "
                               f"{state.num_samples}: it is of another algorithm or data set")
+        if K == dist.world_size():
+            for x, own in zip(dist.batchnorm(model), saved["batchnorm"]):
+                x.copy_(own)
         if not state.columns:
             break
         ids = torch.arange(r, state.num_samples, K)

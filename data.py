@@ -257,6 +257,8 @@ class Loader:
         self.workers = max((w for w in range(1, asked + 1) if lanes % w == 0), default=0)
         if self.workers != asked and rank == 0:
             print(f"workers = {self.workers}, not {asked}: they must divide the {lanes} lanes of a rank", file=sys.stderr)
+        if self.workers:
+            start_server()
         self.device, self.context_length, self.steps = torch.device(device), context_length, range(start_step, num_steps)
         prepare = partial(training_sample, image_size=image_size, crop_scale=crop_scale, caption_key=caption_key)
         self.shares = partial(shares, order, range(rank * lanes, (rank + 1) * lanes), self.steps, prepare, context_length)
@@ -317,17 +319,22 @@ class Stream(IterableDataset):
             yield str(error)                    # so that the trainer shows a line, not a worker's traceback
 
 
+@lru_cache                                  # once: while it starts, signals are ignored, which the server inherits
+def start_server():
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchvision.io"])
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    multiprocessing.forkserver.ensure_running()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def run_workers(generate, workers, pin_memory):
     """Yield what generate(worker, workers) yields in each worker, in turn; each prepares up to 4 items ahead. Raises ShardError.
 
     Workers are forked from a server, a fresh process that has imported torch and done nothing else: a fork of the trainer itself
     would inherit the locks of its CUDA and gloo threads in any state, and spawned workers would each import torch."""
     if workers:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchvision.io"])
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}       # which the server inherits
-        multiprocessing.forkserver.ensure_running()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        start_server()
     for item in DataLoader(Stream(generate), batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
                            prefetch_factor=4 if workers else None, multiprocessing_context="forkserver" if workers else None):
         if isinstance(item, str):

@@ -7,6 +7,7 @@ loss.py hands out feature gradients explicitly, so all that is sent in a step st
 import contextlib
 import datetime
 import os
+import threading
 from collections import Counter
 
 import torch
@@ -51,8 +52,7 @@ def local_world_size():
 def init(device="auto", timeout=600.0):
     """Join the process group that torchrun describes in the environment (none: stay alone) -> this rank's torch.device.
 
-    device: "auto", "cuda" or "cpu"; NCCL carries CUDA tensors, gloo CPU tensors. timeout: seconds that a collective may
-    take. Raises ConfigError if a GPU is asked for and there is none for this local rank.
+    device: "auto", "cuda" or "cpu"; NCCL carries CUDA tensors, gloo CPU tensors. timeout: see watchdog.py, seconds. Raises ConfigError if a GPU is asked for and there is none for this local rank.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
@@ -63,7 +63,8 @@ def init(device="auto", timeout=600.0):
     if gpus:
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and not c10d.is_initialized():
-        c10d.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        # The watchdog ends a rank after `timeout`, and says why. The backends' own time-outs come later: they say nothing.
+        c10d.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=timeout + 60))
     return torch.device("cuda", local_rank) if gpus else torch.device("cpu")
 
 
@@ -116,17 +117,32 @@ def all_gather_objects(x):
     return out
 
 
-def from_first_rank(function, *args, **options):
-    """Rank 0's result, or its ConfigError, on every rank: a set is indexed once, not by each of a hundred ranks."""
-    result = None
-    if rank() == 0:
+def from_first_rank(function, *args, waiting=lambda where: None, **options):
+    """Rank 0's result on every rank: a set is indexed once, not by each of a hundred ranks. It may take longer than a collective may:
+    the others ask every second, and say waiting(where). After a ConfigError rank 0 raises it, and the others end without a word."""
+    if world_size() == 1:
+        return function(*args, **options)
+    results, done = [], threading.Event()
+    def call():
         try:
-            result = function(*args, **options)
-        except ConfigError as error:
-            result = error
+            results.append(function(*args, **options))
+        except Exception as error:
+            results.append(error)
+        done.set()
+    if rank() == 0:
+        threading.Thread(target=call, daemon=True).start()
+    ready = torch.zeros(1)
+    while not ready:
+        ready.fill_(rank() == 0 and done.wait(1.0))
+        all_reduce(ready, "barrier").wait()
+        if rank() > 0:
+            waiting("start-up, waiting for rank 0")
+    result = results[0] if rank() == 0 else None
+    if isinstance(result, Exception) and not isinstance(result, ConfigError):
+        raise result
     result = all_gather_objects(result)[0]
     if isinstance(result, ConfigError):
-        raise result
+        raise result if rank() == 0 else SystemExit(1)
     return result
 
 
@@ -251,11 +267,27 @@ def check_same_weights(model):
         raise RuntimeError(f"the ranks' weights have drifted apart: {name} on ranks {sorted({row for row, _ in wrong})} differs from rank 0")
 
 
-def average_batchnorm(model):
-    """Replace BatchNorm running statistics by their mean over the ranks: each rank has only seen its own samples."""
-    stats = [x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    if stats and world_size() > 1:
-        flat = torch.cat([x.flatten() for x in stats]).div_(world_size())
-        all_reduce(flat, "batchnorm").wait()
-        for x, mean in zip(stats, flat.split([x.numel() for x in stats])):
-            x.copy_(mean.view_as(x))
+def batchnorm(model):
+    """BatchNorm's running statistics, which each rank gathers from its own samples -> list of tensors."""
+    return [x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
+@contextlib.contextmanager
+def averaged_batchnorm(model):
+    """Inside, every rank has the mean of all ranks' statistics, to evaluate and to save; afterwards its own again: when a run is saved
+    must not change how it goes on."""
+    stats = batchnorm(model)
+    if not stats or world_size() == 1:
+        yield
+        return
+    own = torch.cat([x.flatten() for x in stats])
+    flat = own / world_size()
+    all_reduce(flat, "batchnorm").wait()
+    def put(values):
+        for x, value in zip(stats, values.split([x.numel() for x in stats])):
+            x.copy_(value.view_as(x))
+    put(flat)
+    try:
+        yield
+    finally:
+        put(own)

@@ -63,7 +63,7 @@ def evaluate(model, c, device, autocast=contextlib.nullcontext, picture=False, b
     if picture:
         pick = torch.randperm(len(queries[0]), generator=torch.Generator().manual_seed(c.seed))[:8].tolist()
         best = (queries[1][pick] @ images.T).topk(min(5, len(images)), 1).indices.tolist()
-        pixels = fetch(c, model.image_size, {positions[i] for row in best for i in row})
+        pixels = fetch(c, model.image_size, {positions[i] for row in best for i in row}, beat)
         if dist.rank() == 0:
             os.makedirs(c.out_dir, exist_ok=True)
             with open(os.path.join(c.out_dir, "eval.json"), "w") as f:
@@ -162,10 +162,11 @@ def retrieval(images, texts, relevant):
     return results
 
 
-def fetch(c, image_size, wanted):
+def fetch(c, image_size, wanted, beat):
     """The images at the positions `wanted` -> {position: uint8 [3, S, S]}: read again, so that no run holds a whole set."""
     mine = {}
-    for batch in samples(c, image_size):
+    for number, batch in enumerate(samples(c, image_size)):
+        beat(f"evaluation, batch {number} of images for the picture")
         mine.update((i, image.clone()) for i, image in zip(batch.positions.tolist(), batch.images) if i in wanted)
     return {i: image for part in dist.all_gather_objects(mine) for i, image in part.items()}
 

@@ -9,6 +9,7 @@ tarfile.TarError. Nothing of it is ever run, or written to disk.
 """
 
 import glob
+import hashlib
 import io
 import json
 import os
@@ -231,6 +232,11 @@ class Index(NamedTuple):
     kinds: tuple
 
     @property
+    def fingerprint(self):
+        """Of the counts, in their order: what ids depend on."""
+        return hashlib.sha256(np.asarray(self.counts, dtype="<i8").tobytes()).hexdigest()[:16]
+
+    @property
     def num_samples(self):
         return int(self.counts.sum())
 
@@ -266,12 +272,12 @@ def index_file(pattern, url):
     return os.path.join(cache, "fastclip", re.sub(r"\W+", "-", pattern if is_pipe else folder)[-200:] + ".json")
 
 
-def load_index(patterns, caption_key="", evaluation=False, verify=False, path=None):
+def load_index(patterns, caption_key="", evaluation=False, verify=False, path=None, beat=lambda where: None):
     """Patterns of shards -> Index. Counts are read from each pattern's index_file (or `path`); what is missing there, or was made for
     a shard of another size in bytes, is counted, with progress, and written. caption_key: '' counts samples with KEY.txt, else with
     KEY.json; evaluation: KEY.cls will do as well; verify: decodes all and prints what is bad. What is left out, an image without
     caption or the reverse, is said once. Raises ConfigError: missing, unreadable or damaged shards (up to ten are named), one without
-    captions, no samples at all."""
+    captions, no samples at all. beat(where) is told of progress."""
     kinds = ("json" if caption_key else "txt", *(["cls"] if evaluation else []))
     kind, shards, counts, damaged, left_out = "|".join(kinds), [], [], [], Counter()
 
@@ -303,6 +309,7 @@ def load_index(patterns, caption_key="", evaluation=False, verify=False, path=No
             with ThreadPool(8) as pool:                         # disks, pipes and decoders work side by side
                 results = pool.imap(counted, todo.values())
                 for name, result in zip(todo, tqdm(results, f"indexing {pattern}", len(todo), unit="shard", disable=not todo)):
+                    beat(f"start-up, indexing {name}")
                     if isinstance(result, ConfigError):
                         damaged.append(str(result))
                     else:

@@ -27,7 +27,7 @@ import watch
 from config import ConfigError
 from loss import ContrastiveLoss
 from shards import load_index
-from watchdog import Watchdog
+from watchdog import LEAVING, Watchdog
 
 
 def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, steps_per_epoch, total_steps):
@@ -35,7 +35,8 @@ def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step
     gamma = optim.gamma(c, step, steps_per_epoch, total_steps)
     optim.set_lr(optimizer, c, step, total_steps)
     reducer.zero()
-    buffers = [buffer.clone() for buffer in model.buffers()] if c.skip_nonfinite else None
+    may_skip = c.skip_nonfinite or scaler.is_enabled()                # a float16 scaler finds its scale by skipping
+    buffers = [buffer.clone() for buffer in model.buffers()] if may_skip else None
 
     # u (and per-sample tau) of the global batch: fetched while the towers run.
     rows = loss.lookup(batch.ids)
@@ -71,9 +72,10 @@ def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if c.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, c.grad_clip, grad_norm)
-    if c.skip_nonfinite and not torch.isfinite(grad_norm + out.objective):      # waits for the device: the price of that switch
+    if may_skip and not torch.isfinite(grad_norm + out.objective):              # waits for the device: the price of skipping
         for buffer, before in zip(model.buffers(), buffers):                    # batch norm has seen what made it so
             buffer.copy_(before)
+        scaler.update()
         return out, grad_norm
     log_scale = model.logit_scale.detach().clone()
     scaler.step(optimizer)
@@ -88,8 +90,9 @@ def main(argv):
     if c.plan:
         import plan
         return print(plan.report(c))
+    started = time.monotonic()
     os.umask(os.umask(0) | 0o002)                                # nothing that a run writes can be changed by everybody
-    watchdog = saver = stop = None
+    watchdog = saver = stop = lock = None
     try:
         device = dist.init(c.device, c.timeout)
         watchdog = Watchdog(c.timeout)
@@ -101,11 +104,14 @@ def main(argv):
         if rest or (c.micro_batch and b % c.micro_batch):
             raise ConfigError(f"batch_size = {c.batch_size} must be a multiple of {world_size} ranks" +
                               (f" x micro_batch = {c.micro_batch}" if c.micro_batch else "") + f", {world_size * max(1, c.micro_batch)}")
-        start_from = dist.from_first_rank(checkpoint.find, c)
-        index = dist.from_first_rank(load_index, c.train_data, c.caption_key)
+        beats = dict(beat=watchdog.beat, waiting=watchdog.beat)
+        lock = dist.from_first_rank(checkpoint.claim, c.out_dir)
+        start_from = dist.from_first_rank(checkpoint.find, c, **beats)
+        index = dist.from_first_rank(load_index, c.train_data, c.caption_key, **beats)
         if c.eval_data:
-            dist.from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True)
+            dist.from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True, **beats)
             dist.from_first_rank(evaluation.check, c)
+        watchdog.beat("start-up, making the model")
         order = data.Order(index, c.batch_size, c.lanes, c.shuffle_block, c.seed)
         total_steps = min(max(1, int(c.epochs * order.steps_per_epoch)), c.max_steps or 2 ** 62)
 
@@ -118,7 +124,9 @@ def main(argv):
         optimizer = optim.create(model, c)
         loss = ContrastiveLoss(c.algorithm, index.num_samples, c.equations, c.rho, c.eps_u, c.tau_init, device, tile=c.loss_tile)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        step, log_state = checkpoint.load(start_from, model, optimizer, loss, scaler, c) if start_from else (0, None)
+        step, log_state = checkpoint.load(start_from, model, optimizer, loss, scaler, c, index.fingerprint) if start_from else (0, None)
+        if step > total_steps:
+            raise ConfigError(f"{start_from} is at step {step}, this run ends at step {total_steps}: raise max_steps or epochs, or start from an earlier one")
         dist.check_same_weights(model)
         model.set_grad_checkpointing(c.grad_checkpointing)
         if c.compile is True or (c.compile == "auto" and device.type == "cuda"):
@@ -128,24 +136,25 @@ def main(argv):
         autocast = dist.autocast(dtype, device)
         loader = data.Loader(order, model.image_size, model.context_length, c.crop_scale, c.caption_key, dist.rank(), world_size,
                              c.workers, device, start_step=step, num_steps=total_steps)
-        saver = checkpoint.Saver(c, model, optimizer, loss, scaler, start_from)
+        saver = checkpoint.Saver(c, model, optimizer, loss, scaler, index.fingerprint, start_from, lock)
         log = watch.Log(c, order, total_steps, step, model, dtype, device, log_state)
 
         def evaluate():
             with log.pause():
                 watchdog.beat(f"step {step}, evaluating")
-                dist.average_batchnorm(model)
-                log.evaluation(step, evaluation.evaluate(model, c, device, autocast, step == total_steps, watchdog.beat))
+                with dist.averaged_batchnorm(model):
+                    results = evaluation.evaluate(model, c, device, autocast, step == total_steps, watchdog.beat)
+                log.evaluation(step, results)
                 model.train()
 
         def evaluation_due():
             return c.eval_data and step and (step == total_steps or (c.eval_steps and step % c.eval_steps == 0))
 
+        stop = StopSignals()
         model.train()
         if evaluation_due() and not dist.from_first_rank(log.has_evaluation, step):
             evaluate()                                           # the job that saved this step ended before it could
-        stop = StopSignals()
-        started = saved = time.monotonic()
+        saved = time.monotonic()
         last_step = min(total_steps, step + c.stop_after) if isinstance(c.stop_after, int) and c.stop_after else total_steps
         agreement = dist.Agreement(3)
 
@@ -186,9 +195,11 @@ def main(argv):
         else:
             late = step == last_step or time.monotonic() - started > configs.stop_seconds(c)
             log.left(step, stop.asked or (f"stop_after = {c.stop_after}" if late else "another rank was asked to stop"))
-    except Exception as error:
-        if saver and dist.world_size() == 1:
-            saver.commit()                                       # what is being written is from before the error
+        watchdog.beat(LEAVING)
+        dist.shutdown()
+    except (Exception, KeyboardInterrupt) as error:
+        if saver and (isinstance(error, watch.BadRun) or dist.world_size() == 1):
+            saver.commit()                                       # what is being written is from before the error, and every rank is here
         if watchdog:
             watchdog.failed(error)
         elif not isinstance(error, ConfigError):
@@ -201,7 +212,8 @@ def main(argv):
             stop.restore()
         if saver:
             saver.close()
-    dist.shutdown()
+        elif lock is not None and dist.rank() == 0:
+            os.close(lock)
 
 
 class StopSignals:
@@ -221,7 +233,7 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.asked:
             self.asked, self.since = signal.Signals(number).name, time.monotonic()
-            os.write(2, b"\nsaving after this step, then leaving\n")          # print is not safe in a signal handler
+            os.write(2, b"\nsaving soon, then leaving\n")          # print is not safe in a signal handler
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ NOISY = ("objective", "mbcl", "samples_per_second")
 MOST_BAD = 0.01          # of all samples; more bad ones than this, and the data need a look before more is spent on them
 
 
+class BadRun(RuntimeError):
+    """What makes a run end although it could go on. All ranks raise it at the same step."""
+
+
 class Log:
     """Collects what a step returns without waiting for the device; every `log_steps` it waits once, and reports."""
 
@@ -62,7 +66,7 @@ class Log:
         self.waited += time.monotonic() - self.asked
 
     def step(self, step, batch, out, grad_norm, grad_finite, gamma, optimizer):
-        """Take note of a step, and report if it is time. RuntimeError as in collect()."""
+        """Take note of a step, and report if it is time. BadRun as in collect()."""
         for reason, count in batch.bad.items():
             self.bad[reason] += count
         values = torch.stack([x.float() for x in (out.objective, out.mbcl, out.tau, grad_norm)])
@@ -72,7 +76,7 @@ class Log:
         self.asked = time.monotonic()
 
     def collect(self):
-        """Wait for the device and look at the steps since the last time, before a report and before a checkpoint. RuntimeError for a
+        """Wait for the device and look at the steps since the last time, before a report and before a checkpoint. BadRun for a
         non-finite objective or gradient, naming step, ranks and ids, or for too many skipped steps or bad samples."""
         values = torch.stack([row[3] for row in self.pending]).double().cpu().tolist() if self.pending else []
         for (step, ids, text_length, _, finite, grad_finite), (objective, mbcl, tau, grad_norm) in zip(self.pending, values):
@@ -81,13 +85,14 @@ class Log:
                 self.window.append([objective, mbcl, tau, grad_norm, text_length])
                 continue
             self.skipped += 1                               # the same on all ranks, for all know the same sums
-            wrong = ids[~finite.cpu()].tolist() or ([] if grad_finite else ids.tolist())
-            where = "; ".join(f"on rank {r}, sample ids {', '.join(map(str, ids[:8]))}{' and ' * (len(ids) > 8)}{len(ids[8:]) or ''}"
-                              f"{' more' * (len(ids) > 8)}" for r, ids in enumerate(dist.all_gather_objects(wrong)) if ids)
+            features, gradients = zip(*dist.all_gather_objects((ids[~finite.cpu()].tolist(), [] if grad_finite else ids.tolist())))
+            # A feature that is not finite spoils the gradients of all ranks: then those say nothing.
+            where = "; ".join(f"on rank {r}, sample ids {', '.join(map(str, ids[:8]))}{f' and {len(ids) - 8} more' * (len(ids) > 8)}"
+                              for r, ids in enumerate(features if any(features) else gradients) if ids)
             what = f"step {step}: the {'gradient' if math.isfinite(objective) else 'objective'} is not finite: {where or 'only in the sum over all ranks'}"
             if not self.skipping:
-                raise RuntimeError(f"{what}. Checkpoints are from before that step. A lower lr, or fp32, usually helps; "
-                                   f"--skip_nonfinite=True leaves such steps out")
+                raise BadRun(f"{what}. Checkpoints are from before that step. A lower lr, or fp32, usually helps; "
+                             f"--skip_nonfinite=True leaves such steps out")
             if dist.rank() == 0:
                 tqdm.write(f"skipped {what}")
         self.pending = []
@@ -97,11 +102,14 @@ class Log:
         for count, of, what in ((sum(bad.values()), self.seen * self.c.batch_size, f"samples are bad: {dict(bad)}; look at the data (python data.py index --verify ...)"),
                                 (self.skipped, self.seen, "steps were not finite; a lower lr, or fp32, usually helps")):
             if count > max(10, MOST_BAD * of):
-                raise RuntimeError(f"{count} of {of} {what}")
+                raise BadRun(f"{count} of {of} {what}")
         return dict(bad)
 
     def state(self):
         """What a checkpoint keeps, so that the rows of a run that was continued are those of one that was not."""
+        if self.file:
+            with contextlib.suppress(OSError):              # a full disk, or a kind of file that knows no fsync
+                os.fsync(self.file.fileno())
         return {"bad": self.collect(), "window": self.window, "seen": self.seen, "skipped": self.skipped}
 
     def report(self, step, gamma, optimizer):
@@ -149,12 +157,8 @@ class Log:
 
     def write(self, row):
         if self.file:
-            self.unwritten += json.dumps(row).encode() + b"\n"
-            try:                                            # a full disk must not end the training: rows wait for room
-                while self.unwritten:
-                    self.unwritten = self.unwritten[self.file.write(self.unwritten):]
-            except OSError as error:
-                print(f"warning: {self.file.name} cannot be written, {len(self.unwritten)} bytes wait: {error}", file=sys.stderr, flush=True)
+            known = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}       # JSON has no NaN
+            self.append(json.dumps(known).encode() + b"\n")
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         if self.board:
             for key, value in numbers.items():
@@ -162,20 +166,36 @@ class Log:
         if self.wandb:
             self.wandb.log(numbers, step=row["step"])
 
+    def append(self, line):
+        """To metrics.jsonl. A full disk must not end the training: what cannot be written waits for room."""
+        self.unwritten += line
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except OSError as error:
+            print(f"warning: {self.file.name} cannot be written, {len(self.unwritten)} bytes wait: {error}", file=sys.stderr, flush=True)
+
     def left(self, step, reason):
         """The last word of a job that ends before its run does."""
         if dist.rank() == 0:
-            self.bar.close()
+            self.close()
             print(f"stopped after step {step} of {self.total_steps} ({reason}); it is saved: continue with --resume=auto", flush=True)
 
     def finish(self):
         if dist.rank() == 0:
-            self.bar.close()
-            self.file.close()
-            if self.board:
-                self.board.close()
-            path = plot([self.c.out_dir], os.path.join(self.c.out_dir, "curves.png"))
-            print(f"done in {duration(time.monotonic() - self.start)}; curves: {path}", flush=True)
+            self.close()
+            try:
+                curves = "curves: " + plot([self.c.out_dir], os.path.join(self.c.out_dir, "curves.png"))
+            except Exception as error:                      # the run is saved: it must not count as failed for want of a picture
+                curves = f"the curves could not be drawn: {type(error).__name__}: {error}"
+            print(f"done in {duration(time.monotonic() - self.start)}; {curves}", flush=True)
+
+    def close(self):
+        self.bar.close()
+        self.append(b"")
+        self.file.close()
+        if self.board:
+            self.board.close()
 
 
 def optional(module, package):
@@ -198,6 +218,8 @@ def drop_rows_after(path, step):
             rows = [line for line in f if keep(line)]
         with open(path + ".partial", "w") as f:
             f.writelines(rows)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(path + ".partial", path)
 
 
@@ -243,7 +265,7 @@ def plot(folders, out):
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (key, title) in zip(axes.flat, panels):
         for name, rows in runs.items():
-            x, y = zip(*([(row["step"], row[key]) for row in rows if key in row] or [((), ())]))
+            x, y = zip(*([(row["step"], row[key]) for row in rows if row.get(key) is not None] or [((), ())]))
             if key in NOISY and len(x) > 50:     # a faint line of what was measured, a firm one of its running mean
                 line, = axis.plot(x, y, alpha=0.25)
                 width = len(x) // 50

@@ -24,6 +24,7 @@ from config import ConfigError
 
 SILENCE = 30.0           # seconds without a pulse after which a rank counts as dead (less if the time-out is short)
 GONE = "gone"            # the pulse of a rank that has left in good order
+LEAVING = "leaving"      # where a rank is that waits for the others to leave with it
 
 
 class Watchdog:
@@ -52,14 +53,21 @@ class Watchdog:
             bounded(lambda: self.store.set(str(dist.rank()), GONE), 5.0)
 
     def watch(self):
+        asleep = time.monotonic()
         while not self.done.wait(self.pulse):
+            if time.monotonic() - asleep > 5 * self.pulse:          # the whole process was suspended: that is nobody's fault
+                self.since += time.monotonic() - asleep
+            asleep = time.monotonic()
             if time.monotonic() - self.since > self.timeout:
                 cause = self.cause()
                 self.end(f"gives up: nothing has finished for {self.timeout:g} s after {self.where}. {cause} (To wait longer: --timeout)", cause, trace=True)
 
     def talk(self):
-        beats, neighbour, heard, since = 0, (dist.rank() + 1) % dist.world_size(), None, time.monotonic()
+        beats, neighbour, heard, since, asleep = 0, (dist.rank() + 1) % dist.world_size(), None, time.monotonic(), time.monotonic()
         while not self.done.wait(self.pulse):
+            if time.monotonic() - asleep > 5 * self.pulse:
+                since = time.monotonic()
+            asleep = time.monotonic()
             try:
                 beats += 1
                 self.store.set(str(dist.rank()), f"{beats}|{sum(dist.calls.values())}|{self.where}")
@@ -72,7 +80,9 @@ class Watchdog:
                 elif pulse != GONE and time.monotonic() - since > self.silence:
                     reason = silent([neighbour], {neighbour: pulse})
                     self.end(f"ends at {self.where}, because {reason}", reason)
-            except Exception as error:                  # torch raises RuntimeError or DistError, and may raise others
+            except (RuntimeError, OSError) as error:    # DistError is a RuntimeError
+                if self.where == LEAVING:               # rank 0, where the store lives, may be gone already
+                    return
                 if not self.done.is_set():
                     self.end(f"ends at {self.where}, because the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} no longer "
                              f"answers ({error}): the first host, or the agent or rank 0 on it, has died")
@@ -106,6 +116,7 @@ class Watchdog:
         if is_echo(error):
             cause = self.cause()
             self.end(f"cannot go on at {self.where}: {cause} ({type(error).__name__}: {str(error)[:160]})", cause)
+        self.done.set()                                 # this rank has its own words, and does not wait for those in the store
         if not isinstance(error, ConfigError):          # the command line shows those in one line
             print(f"error: rank {dist.rank()}, {self.where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         self.post(f"rank {dist.rank()} failed at {self.where}: {type(error).__name__}: {error}")

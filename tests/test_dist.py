@@ -61,8 +61,9 @@ def weights_checked():
     dist.check_same_weights(model)
     with torch.no_grad():
         model[1].running_mean += dist.rank()
-        dist.average_batchnorm(model)
-        means = model[1].running_mean.clone()
+        with dist.averaged_batchnorm(model):
+            means = model[1].running_mean.clone()
+        assert torch.equal(model[1].running_mean, torch.full((8,), float(dist.rank())))         # and its own again
         if dist.rank() == 1:
             model[3].weight[0, 0, 0, 0] = torch.nextafter(model[3].weight[0, 0, 0, 0], torch.tensor(9.0))    # one bit
     try:
@@ -93,7 +94,7 @@ def test_gather_is_in_rank_order_and_counted():
 
 
 def test_the_watchdog_names_the_step():
-    code = "import dist, time; w = dist.Watchdog(0.5); w.beat('step 7'); time.sleep(20)"
+    code = "import watchdog, time; w = watchdog.Watchdog(0.5); w.beat('step 7'); time.sleep(20)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1 and "nothing has finished for 0 s after step 7" in run.stderr.replace("0.5", "0")
 

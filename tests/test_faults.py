@@ -24,6 +24,7 @@ import shapes
 import train as training
 from conftest import ROOT
 from loss import ContrastiveLoss
+from ranks import run_ranks
 from test_train import TINY, refused, sets, train, weights, words_of      # noqa: F401 (sets is a fixture)
 
 RUN = dict(algorithm="fastclip-v2", max_steps=12, save_steps=4, keep=9, log_steps=3, timeout=40)
@@ -129,7 +130,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, sets, whole, kind, status, 
     if kind == "raise":
         assert "error: rank 1, step 6: ValueError: boom" in shown1
     if kind == "hang":
-        assert "time.sleep" in shown1 or "faults.py" in shown1, shown1            # where it hung
+        assert "in step_with_faults" in shown1, shown1                           # where it hung
     assert newest(out) == "step-00000004"
     if kind == "kill":
         for status, shown in ends(start("train.py", [], out, sets, 2, resume="auto")):
@@ -279,14 +280,14 @@ def test_bad_samples_are_counted_over_all_jobs_and_many_stop_the_run(tmp_path, c
 class Little:
     """A model, an optimizer and a state, with which checkpoints can be made in a millisecond."""
 
-    def __init__(self, out_dir, **changes):
+    def __init__(self, out_dir, newest=None, **changes):
         self.c = config.Config(out_dir=str(out_dir), **changes)
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(64, 16))
         self.optimizer = torch.optim.AdamW([dict(name="decay", params=self.model.parameters())])
         self.loss = ContrastiveLoss("fastclip-v2", 100)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.saver = checkpoint.Saver(self.c, self.model, self.optimizer, self.loss, self.scaler)
+        self.saver = checkpoint.Saver(self.c, self.model, self.optimizer, self.loss, self.scaler, newest=newest)
 
     def step(self):
         self.model(torch.ones(2, 64)).sum().backward()
@@ -339,7 +340,7 @@ def test_killed_at_every_point_of_a_save(tmp_path, monkeypatch):
         found = newest(str(out))
         assert found == "step-00000002" if status == 0 else found in ("step-00000001", "step-00000002")
         little.saver.close()
-        again = Little(out)                                              # the next run clears away what is left
+        again = Little(out, newest=str(out / "checkpoints" / found))     # the next run clears away what is left
         assert not glob.glob(str(out / "checkpoints" / "*.partial"))
         again.saver.close()
         if status == 0:
@@ -453,6 +454,103 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         little.saver.save(2, {})
 
 
+def test_what_was_given_up_is_put_aside(tmp_path):
+    """Neither a damaged checkpoint nor one of a course that was left counts among those to keep, or as the one before."""
+    def names():
+        return sorted(name for name in os.listdir(tmp_path / "checkpoints") if name != "latest")
+
+    def job(start, *saves, keep=2):
+        little = Little(tmp_path, newest=start and str(tmp_path / "checkpoints" / f"step-{start:08d}"), keep=keep, save_background=False)
+        for step in saves:
+            little.step()
+            little.saver.save(step, {})
+        little.saver.close()
+    job(None, 4, 8)
+    os.truncate(tmp_path / "checkpoints" / "step-00000008" / "model.pt", 10)
+    assert newest(str(tmp_path)) == "step-00000004"
+    job(4, 11)
+    assert names() == ["step-00000004", "step-00000008.abandoned", "step-00000011"]
+    job(4, 6)                                                             # as --resume=.../step-00000004 does
+    assert names() == ["step-00000004", "step-00000006", "step-00000008.abandoned", "step-00000011.abandoned"]
+    os.truncate(tmp_path / "checkpoints" / "step-00000006" / "model.pt", 10)
+    assert newest(str(tmp_path)) == "step-00000004"
+
+
+def in_jobs(*jobs):
+    """Several trainings one after another in a process of a group, each a (fault, settings) -> None, or what they raised."""
+    raised = []
+    for text, settings in jobs:
+        faults.install(faults.parse(text))
+        try:
+            training.main(words_of(**settings))
+            raised.append(None)
+        except Exception as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    return raised
+
+
+def test_two_ranks_with_batchnorm_resume_bit_for_bit(tmp_path, sets):                           # noqa: F811
+    """Each rank goes on with the statistics of its own samples, whenever the run was saved; what is saved to evaluate is their mean."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    settings = {**TINY, **RUN, "train_data": sets["train_data"], "model": "RN50", "patch_size": None, "vision_layers": "(1,1,1,1)", "vision_width": 8,
+                "max_steps": 6, "eval_data": sets["eval_data"], "eval_steps": 2}
+    jobs = [("", {**settings, "out_dir": one}), ("", {**settings, "out_dir": two, "stop_after": 3}), ("", {**settings, "out_dir": two, "resume": "auto"})]
+    assert run_ranks(2, in_jobs, *jobs) == [[None] * 3] * 2
+    assert_same_run(one, two, 6)
+    model, states = files_of(os.path.join(one, "checkpoints", "step-00000006"))["model.pt"]["state_dict"], []
+    for rank in range(2):
+        states.append(files_of(os.path.join(one, "checkpoints", "step-00000006"))[f"state-{rank:05d}-of-00002.pt"]["batchnorm"][0])
+    assert not torch.equal(*states)
+    torch.testing.assert_close(model["visual.bn1.running_mean"], sum(states) / 2)
+
+
+def full_disk_on_the_second_rank(*jobs):
+    real = checkpoint.write
+    def write(path, content):
+        if path.endswith("state-00001-of-00002.pt") and "step-00000008" in path:
+            raise OSError(28, "No space left on device", path)
+        return real(path, content)
+    checkpoint.write = write
+    return in_jobs(*jobs)
+
+
+def test_a_full_disk_and_nan_with_two_ranks(tmp_path, sets, capfd):                             # noqa: F811
+    """A save that fails on one rank is none, and said; NaN while a checkpoint is still being written leaves that one whole."""
+    out, nan = str(tmp_path / "run"), str(tmp_path / "nan")
+    settings = {**TINY, **RUN, "train_data": sets["train_data"]}
+    raised = run_ranks(2, full_disk_on_the_second_rank, ("", {**settings, "out_dir": out}), ("feature@5:1", {**settings, "out_dir": nan, "log_steps": 1}))
+    for first, second in raised:
+        assert first is None and re.match("BadRun: step 5: the objective is not finite: on rank 1, sample ids ", second)
+    assert re.search("step-00000008 could not be saved: rank 1 on .*No space left", capfd.readouterr().err)
+    assert sorted(os.listdir(os.path.join(out, "checkpoints"))) == ["latest", "step-00000004", "step-00000012"]
+    assert newest(nan) == "step-00000004"
+
+
+def test_a_scaler_that_finds_its_scale(tmp_path, sets, fault, monkeypatch):                     # noqa: F811
+    """What float16 does on a GPU: steps whose scaled gradient overflows are skipped, and the scale falls until none does."""
+    scalers, real = [], torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scalers.append(real(device, init_scale=2.0 ** 127)) or scalers[-1])
+    rows = train(str(tmp_path / "run"), sets, **RUN, skip_nonfinite=True)
+    assert 0 < rows[-1]["skipped"] < 10 and scalers[0].get_scale() < 2.0 ** 127
+    assert [row["objective"] is None for row in rows] == [True, False, False, False] and rows[-1]["objective"] < 10
+
+
+def test_a_slow_start_is_no_hang(tmp_path, sets):                                               # noqa: F811
+    """Indexing that takes longer than the time-out, but goes on, on the first of two ranks; and one that does not go on."""
+    folder = os.path.dirname(sets["train_data"])
+    slow = f"pipe:f={folder}/{{00000..00003}}.tar; n=$(basename $f .tar); [ -e $f.seen ] || sleep $((5 * (1 + $n))); touch $f.seen; cat $f"
+    ok = ends(start("train.py", [], str(tmp_path / "a"), {"train_data": slow}, 2, timeout=15, max_steps=1, epochs=1))
+    assert [status for status, _ in ok] == [0, 0], ok
+    hung = ends(start("train.py", [], str(tmp_path / "b"), {"train_data": f"pipe:sleep 100; cat {folder}/00000.tar"}, 2, timeout=10, max_steps=1, epochs=1))
+    assert [status for status, _ in hung] == [1, 1] and "start-up" in hung[0][1], hung
+
+
+def test_a_picture_that_fails_does_not_fail_the_run(tmp_path, sets, monkeypatch, capsys):       # noqa: F811
+    monkeypatch.setattr("watch.plot", lambda folders, out: 1 / 0)
+    train(str(tmp_path / "run"), sets, max_steps=2)
+    assert "the curves could not be drawn: ZeroDivisionError" in capsys.readouterr().out
+
+
 def test_every_m_minutes(tmp_path, sets):                                                       # noqa: F811
     out = str(tmp_path / "run")
     train(out, sets, **{**RUN, "save_steps": 100}, save_minutes=1e-6)
@@ -521,6 +619,17 @@ def test_four_two_eight_and_one_ranks_in_one_epoch(tmp_path, sets, monkeypatch):
     for name in model:
         torch.testing.assert_close(model2[name], model[name], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(state2, state, rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_continued_is_refused(tmp_path, sets):                                   # noqa: F811
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    train(one, sets, max_steps=2)
+    train(two, sets, max_steps=2)
+    base = dict(train_data=sets["train_data"], out_dir=one)
+    refused("already holds a run", **base, resume=two + "/checkpoints/step-00000002")
+    refused("is at step 2, this run ends at step 1", **base, resume="auto", max_steps=1)
+    other = shapes.write(str(tmp_path / "set"), shards=3, per_shard=128)                  # as many samples, in other shards
+    refused("another data set", **{**base, "train_data": other}, resume="auto")
 
 
 # ---- safety ----

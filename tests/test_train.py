@@ -262,8 +262,9 @@ def test_a_step_saved_again_replaces_the_old_one(tmp_path, sets):
     out = str(tmp_path / "run")
     train(out, sets, max_steps=6, save_steps=2, keep=1)
     assert sorted(os.listdir(os.path.join(out, "checkpoints"))) == ["latest", "step-00000006"]
+    out += "2"
+    train(out, sets, max_steps=6, save_steps=2, keep=9)
     before = weights(out)[0]
-    train(out + "2", sets, max_steps=4, save_steps=2, keep=9)
-    train(out, sets, max_steps=6, resume=out + "2/checkpoints/step-00000002", lr=1e-4, keep=1)
+    train(out, sets, max_steps=6, resume=out + "/checkpoints/step-00000002", lr=1e-4, keep=1)
     after = weights(out)[0]
     assert any(not torch.equal(before[name], after[name]) for name in before)
