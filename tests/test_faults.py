@@ -121,12 +121,12 @@ def whole(tmp_path_factory, sets):                                      # noqa: 
 def test_a_rank_that_fails_ends_the_others(tmp_path, sets, whole, kind, status, words):         # noqa: F811
     """Within the time-out the other rank says which one it was, and where; the run then goes on as if nothing had been."""
     out = str(tmp_path / "run")
-    timeout = 15 if kind == "hang" else 40
+    timeout = 25 if kind == "hang" else 60
     began = time.monotonic()
     (status0, shown0), (status1, shown1) = ends(start("tests/faults.py", [f"{kind}@6:1"], out, sets, 2, timeout=timeout, **AT_ONCE))
     assert status0 == 1 and status1 == status, shown0 + shown1
     assert re.search(words, shown0) and "rank 0" in shown0, shown0
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 170                                     # most of which is starting
     if kind == "raise":
         assert "error: rank 1, step 6: ValueError: boom" in shown1
     if kind == "hang":
@@ -298,11 +298,11 @@ class Little:
 def test_what_is_saved_is_the_moment_of_saving(tmp_path, monkeypatch):
     """Training goes on while the file is written: none of it gets into the checkpoint."""
     little, slow = Little(tmp_path), checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *args: (time.sleep(0.2), slow(*args))[1])
+    monkeypatch.setattr(checkpoint, "write", lambda *args: (time.sleep(0.5), slow(*args))[1])
     little.step()
     before = {k: v.clone() for k, v in little.model.state_dict().items()}
     waited = little.saver.save(1, {})
-    assert little.saver.writing() and waited < 0.15
+    assert little.saver.writing() and waited < 1.0                 # of 1.5 s that the three files take
     little.step()
     assert little.saver.commit() and little.saver.newest.endswith("step-00000001")
     saved = files_of(little.saver.newest)
