@@ -99,6 +99,8 @@ def kills(folder, count, steps, seed):
         print(f"the uninterrupted run of {steps} steps took {time.monotonic() - start:.0f} s", flush=True)
 
     def rows(path):
+        if not os.path.exists(path):
+            return 0
         with open(path, "rb") as f:
             return f.read().count(b"\n")
 
