@@ -4,7 +4,7 @@ Nothing is decoded that declares more than MOST_PIXELS. JPEGs of training are de
 
   torchvision          every pixel, then the crop is resized, bicubic and antialiased: what Pillow does, in less time
   pillow, simplejpeg   at 1/2, 1/4 or 1/8 of the size where the crop is still at least as large as the model's input: the finest
-                       frequencies are left out instead of averaged away. Faster for large pictures; README.md has the differences
+                       frequencies are left out instead of averaged away. Faster for large pictures; "Performance" in README.md has the differences
 
 WebP is always torchvision's, PNG Pillow's, and evaluation is always torchvision's, so that results do not depend on a setting.
 """

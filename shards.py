@@ -40,12 +40,23 @@ MOST_CHARACTERS = 10_000            # of a caption: the 77 tokens lie far within
 MOST_DAMAGED = 100                  # shards; indexing stops there, as all the others are likely to be damaged too
 
 
+# Of a plain file's header, from byte 100 on: mode, owner, group, size, time, sum, type.
+PLAIN = re.compile(rb"(?:[0-7]{7}[\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 0")
+
+
 class Header(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header for the end of a tar; here only the end-of-archive marker is the end."""
+    """tarfile takes a damaged or missing header for the end of a tar; here only the end-of-archive marker is the end. A plain file with
+    a short name, as nearly all are, is read here: tarfile looks at everything else, and its 0.03 ms a header add up."""
     @classmethod
-    def frombuf(cls, *args):
+    def frombuf(cls, block, encoding, errors):
+        plain = PLAIN.match(block, 100)
+        if plain and len(block) == 512 and block[257:262] == b"ustar" and block[0] and not block[345]:      # there, longer names go on
+            if int(plain[2], 8) == sum(block) - sum(block[148:156]) + 256:      # the sum itself counts as eight spaces
+                header = cls(block[:100].split(b"\0", 1)[0].decode(encoding, errors))
+                header.size = int(plain[1], 8)
+                return header
         try:
-            header = super().frombuf(*args)
+            header = super().frombuf(block, encoding, errors)
         except tarfile.HeaderError as error:
             raise error if isinstance(error, tarfile.EOFHeaderError) else tarfile.ReadError(f"breaks off: {error}")
         if header.type in b"LKxgX" and header.size > MOST_HEADER_BYTES:         # long names and other attributes of the next file
@@ -140,7 +151,16 @@ def usable_samples(url, kinds, wanted, left_out=None):
         seen.add(extension)
         if position in wanted and (extension in IMAGES or extension in kinds):
             most = MOST_IMAGE_BYTES if extension in IMAGES else MOST_TEXT_BYTES
-            files[extension] = tar.extractfile(entry).read() if entry.size <= most else None
+            files[extension] = read(tar, entry) if entry.size <= most else None
+
+
+def read(tar, entry):
+    """A plain file of a tar -> bytes. As tar.extractfile(entry).read(), without its layers of buffers."""
+    tar.fileobj.seek(entry.offset_data)
+    content = tar.fileobj.read(entry.size)
+    if len(content) != entry.size:
+        raise tarfile.ReadError("breaks off")
+    return content
 
 
 # ---- the files of a sample ----
