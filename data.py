@@ -127,7 +127,8 @@ def training_sample(files, random, image_size, crop_scale, caption_key, decoder=
 
 
 def evaluation_sample(files, size, caption_key):
-    """{extension: bytes} -> (image uint8 [3, size, size]; list of captions, maybe empty; class number or None). BadSample says why not."""
+    """{extension: bytes} -> (image uint8 [3, size, size]; list of captions, maybe empty; class number or None). BadSample says why
+    not."""
     image, label = evaluation_image(files, size), files.get("cls")
     if label is not None and not (label.strip().isdigit() and len(label) < 10):
         raise BadSample("class is not a number")
@@ -248,7 +249,8 @@ class Loader:
             images, tokens, lengths, ids, bad = zip(*islice(shares, max(1, self.workers)))      # the workers take turns
             lengths = torch.cat(lengths)
             longest = min(-(-int(lengths.max()) // 8) * 8, self.context_length)
-            images, tokens = (torch.cat([x.to(self.device, non_blocking=True) for x in xs]) for xs in (images, tokens))
+            images, tokens = ([x.to(self.device, non_blocking=True) for x in xs] for xs in (images, tokens))
+            images, tokens = (xs[0] if len(xs) == 1 else torch.cat(xs) for xs in (images, tokens))
             yield Batch(images, tokens[:, :longest].contiguous(), lengths, torch.cat(ids), dict(sum(map(Counter, bad), Counter())))
 
 
