@@ -343,7 +343,7 @@ def load(path, model, optimizer, loss, scaler, config, fingerprint=""):
     load_model(path, model, config)
     train = read(os.path.join(path, "train.pt"))
     there = train["config"]
-    for key in ("algorithm", "optimizer", "batch_size", "seed", "lanes", "shuffle_block"):
+    for key in ("algorithm", "optimizer", "batch_size", "seed", "lanes", "shuffle_block", "decoder"):
         if there[key] != getattr(config, key):
             raise ConfigError(f"{path} was trained with {key} = {there[key]!r}, this run has {getattr(config, key)!r}; a continued run cannot change it")
     if train["fingerprint"] != fingerprint:

@@ -27,7 +27,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from config import ConfigError, or_exit
-from shards import MOST_PIXELS, BadSample, captions, decode, load_index, usable_samples
+from images import BadSample, check_decoder, encoded, evaluation_image, training_image
+from shards import captions, load_index, usable_samples
 from tokenizer import Tokenizer
 
 BACK_OFF = (1, 2, 4)                # seconds before an unreadable shard is tried again
@@ -118,47 +119,24 @@ def batch_ids(order, step):
 
 # ---- a sample ----
 
-def resize(image, height, width):
-    """uint8 [3, h, w] -> uint8 [3, height, width], bicubic and antialiased."""
-    return torch.nn.functional.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
-
-
-def random_crop(height, width, scale, random):
-    """-> (top, left, height, width) in pixels: a share of the area drawn from `scale`, an aspect ratio drawn log-uniformly from
-    3/4..4/3; when ten draws do not fit into the image, the largest part at its centre with such a ratio."""
-    for _ in range(10):
-        area, ratio = height * width * random.uniform(*scale), math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-        if 0 < h <= height and 0 < w <= width:
-            return random.integers(height - h + 1), random.integers(width - w + 1), h, w
-    ratio = min(max(width / height, 3 / 4), 4 / 3)
-    h, w = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def training_sample(files, random, image_size, crop_scale, caption_key):
+def training_sample(files, random, image_size, crop_scale, caption_key, decoder="torchvision"):
     """{extension: bytes}, a generator -> (image uint8 [3, S, S], caption str). BadSample says why not."""
-    image, texts = decode(files), captions(files, caption_key)
+    image, texts = encoded(files), captions(files, caption_key)
     text = texts[random.integers(len(texts))]
-    top, left, h, w = random_crop(*image.shape[1:], crop_scale, random)
-    return resize(image[:, top:top + h, left:left + w], image_size, image_size), text
+    return training_image(*image, random, image_size, crop_scale, decoder), text
 
 
 def evaluation_sample(files, size, caption_key):
-    """{extension: bytes} -> (image uint8 [3, size, size]: the shorter side resized, then the centre; list of captions, maybe empty;
-    class number or None). BadSample says why not."""
-    image, label = decode(files), files.get("cls")
-    h, w = (size * side // min(image.shape[1:]) for side in image.shape[1:])
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    if h * w > MOST_PIXELS:                     # of a line of pixels; nothing else grows that much
-        raise BadSample("too many pixels")
+    """{extension: bytes} -> (image uint8 [3, size, size]; list of captions, maybe empty; class number or None). BadSample says why
+    not."""
+    image, label = evaluation_image(files, size), files.get("cls")
     if label is not None and not (label.strip().isdigit() and len(label) < 10):
         raise BadSample("class is not a number")
     try:
         texts = captions(files, caption_key)
     except BadSample:
         texts = []
-    return resize(image, h, w)[:, top:top + size, left:left + size], texts, int(label) if label else None
+    return image, texts, int(label) if label else None
 
 
 # ---- reading ----
@@ -242,11 +220,12 @@ class Loader:
 
     order: an Order. image_size: pixels. context_length: tokens; L is the batch's longest caption, rounded up to a multiple of 8, and
     at most this. crop_scale: (smallest, largest) share of the area. caption_key: as in load_index. workers: processes of this rank,
-    0 for none, lowered until they divide its lanes. device: where images and tokens go.
-    Raises ConfigError if the lanes cannot be dealt to the ranks; while iterating, ShardError."""
+    0 for none, lowered until they divide its lanes. device: where images and tokens go. decoder: of JPEGs, see images.py.
+    Raises ConfigError if the lanes cannot be dealt to the ranks, or the decoder is not installed; while iterating, ShardError."""
 
     def __init__(self, order, image_size, context_length=77, crop_scale=(0.9, 1.0), caption_key="", rank=0, world_size=1,
-                 workers="auto", device="cpu", start_step=0, num_steps=0):
+                 workers="auto", device="cpu", start_step=0, num_steps=0, decoder="torchvision"):
+        check_decoder(decoder)
         lanes, rest = divmod(order.lanes, world_size)
         if rest:
             fits = [d for d in range(world_size, order.batch_size + 1, world_size) if order.batch_size % d == 0]
@@ -260,7 +239,7 @@ class Loader:
         if self.workers:
             start_server()
         self.device, self.context_length, self.steps = torch.device(device), context_length, range(start_step, num_steps)
-        prepare = partial(training_sample, image_size=image_size, crop_scale=crop_scale, caption_key=caption_key)
+        prepare = partial(training_sample, image_size=image_size, crop_scale=crop_scale, caption_key=caption_key, decoder=decoder)
         self.shares = partial(shares, order, range(rank * lanes, (rank + 1) * lanes), self.steps, prepare, context_length)
 
     def __len__(self):
@@ -272,7 +251,8 @@ class Loader:
             images, tokens, lengths, ids, bad = zip(*islice(shares, max(1, self.workers)))      # the workers take turns
             lengths = torch.cat(lengths)
             longest = min(-(-int(lengths.max()) // 8) * 8, self.context_length)
-            images, tokens = (torch.cat([x.to(self.device, non_blocking=True) for x in xs]) for xs in (images, tokens))
+            images, tokens = ([x.to(self.device, non_blocking=True) for x in xs] for xs in (images, tokens))
+            images, tokens = (xs[0] if len(xs) == 1 else torch.cat(xs) for xs in (images, tokens))
             yield Batch(images, tokens[:, :longest].contiguous(), lengths, torch.cat(ids), dict(sum(map(Counter, bad), Counter())))
 
 

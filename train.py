@@ -135,7 +135,7 @@ def main(argv):
                                    torch.bfloat16 if c.grad_wire == "bf16" else torch.float32)
         autocast = dist.autocast(dtype, device)
         loader = data.Loader(order, model.image_size, model.context_length, c.crop_scale, c.caption_key, dist.rank(), world_size,
-                             c.workers, device, start_step=step, num_steps=total_steps)
+                             c.workers, device, start_step=step, num_steps=total_steps, decoder=c.decoder)
         saver = checkpoint.Saver(c, model, optimizer, loss, scaler, index.fingerprint, start_from, lock)
         log = watch.Log(c, order, total_steps, step, model, dtype, device, log_state)
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import images
 import shards as tars
 from config import ConfigError
 
@@ -170,8 +171,8 @@ def test_resume_equals_the_uninterrupted_run(expected, start, workers):
 
 
 def test_resume_decodes_nothing_before(expected, monkeypatch):
-    decoded, decode = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda files: decoded.append(1) or decode(files))
+    decoded, pixels = [], images.pixels
+    monkeypatch.setattr(images, "pixels", lambda *image: decoded.append(1) or pixels(*image))
     load(expected[0], 9, 10)
     assert len(decoded) == 16
 
@@ -267,7 +268,7 @@ def test_crop_and_resize_are_torchvisions():
     from torchvision.transforms.v2 import functional as F
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     reference = F.resized_crop(image, 3, 5, 40, 41, [24, 24], F.InterpolationMode.BICUBIC if hasattr(F, "InterpolationMode") else 3, antialias=True)
-    assert (data.resize(image[:, 3:43, 5:46], 24, 24).int() - reference.int()).abs().max() <= 1
+    assert (images.resize(image[:, 3:43, 5:46], 24, 24).int() - reference.int()).abs().max() <= 1
     reference = F.center_crop(F.resize(image, 24, 3, antialias=True), 24)
     ours, texts, label = data.evaluation_sample({"png": png(image), "cls": b"7\n"}, 24, "")
     assert (ours.int() - reference.int()).abs().max() <= 1 and texts == [] and label == 7
@@ -283,7 +284,7 @@ def png(image):
 def test_random_crop(height, width):
     random, crops = np.random.default_rng(0), []
     for _ in range(500):
-        top, left, h, w = data.random_crop(height, width, (0.3, 1.0), random)
+        top, left, h, w = images.random_crop(height, width, (0.3, 1.0), random)
         assert 0 <= top and 0 <= left and 1 <= h and 1 <= w and top + h <= height and left + w <= width
         crops.append((h * w / height / width, w / h))
     if min(height, width) > 30:
@@ -297,13 +298,13 @@ def test_kinds_of_images():
                   Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)):
         file = io.BytesIO()
         image.save(file, "PNG")
-        decoded = data.decode({"txt": b"", "png": file.getvalue()})
+        decoded = images.decode({"txt": b"", "png": file.getvalue()})
         assert decoded.shape == (3, 20, 30) and decoded.dtype == torch.uint8
         if image.mode.startswith("I;16"):
             assert torch.equal(decoded[0], torch.from_numpy(rgb[..., 0].copy()))
     file = io.BytesIO()
     Image.fromarray(rgb).convert("CMYK").save(file, "JPEG")
-    assert data.decode({"jpg": file.getvalue()}).shape == (3, 20, 30)
+    assert images.decode({"jpg": file.getvalue()}).shape == (3, 20, 30)
 
 
 # ---- bad input ----
@@ -485,7 +486,7 @@ def test_evaluation_set_once(shards, ranks, workers):
                 assert texts == [f"sample {position} {c}" for c in "abcdefgh"]
                 read[position] = image
     assert len(read) == N
-    whole = data.decode({"png": picture(1, "png")})
+    whole = images.decode({"png": picture(1, "png")})
     assert torch.equal(read[1], data.evaluation_sample({"png": picture(1, "png")}, 24, "")[0]) and whole.shape == (3, 31, 40)
 
 

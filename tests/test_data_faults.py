@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import data
+import images
 import shards as tars
 from config import ConfigError
 from test_data import cache, load, number_of, order_of, picture, png, sample, same, write_shards, write_tar  # noqa: F401 (cache is a fixture)
@@ -43,7 +44,7 @@ def encoded(size=(40, 30), mode="RGB", format="JPEG", **options):
 
 
 def reason(function, *args):
-    with pytest.raises(data.BadSample) as error:
+    with pytest.raises(images.BadSample) as error:
         function(*args)
     return str(error.value)
 
@@ -90,7 +91,7 @@ def zombies():
 def test_declared_pixels(options):
     content = encoded(**options)
     width, height = Image.open(io.BytesIO(content)).size
-    assert tars.pixels(content) == width * height and data.decode({"jpg": content}).shape == (3, height, width)
+    assert images.declared_size(content) == (height, width) and images.decode({"jpg": content}).shape == (3, height, width)
 
 
 def bombs():
@@ -113,8 +114,8 @@ def test_decompression_bombs(tmp_path, monkeypatch):
     bad = bombs()
     changes = {f"s{n}": {"jpg": content, "png": None, "webp": None} for n, content in enumerate(bad.values())}
     index = data.load_index(write_shards(tmp_path, (10,), **changes))
-    decode, decoded = tars.decode_image, []
-    monkeypatch.setattr(tars, "decode_image", lambda content, mode: decoded.append(1) or decode(content, mode))
+    decode, decoded = images.decode_image, []
+    monkeypatch.setattr(images, "decode_image", lambda content, mode: decoded.append(1) or decode(content, mode))
     numbers, counts = read_all(index)
     assert counts == {"too many pixels": 6} and set(numbers) == set(range(6, 10)) and len(decoded) < len(numbers) == 10     # not PNGs
 
@@ -131,11 +132,11 @@ def test_no_image_under_its_name():
     for format, frames in (("GIF", film[1:]), ("GIF", []), ("WEBP", film[1:]), ("TIFF", []), ("BMP", [])):
         file = io.BytesIO()
         film[0].save(file, format, **(dict(save_all=True, append_images=frames) if frames else {}))
-        assert reason(data.decode, {"jpg": file.getvalue()}) == "corrupt image"
+        assert reason(images.decode, {"jpg": file.getvalue()}) == "corrupt image"
     for content in (b"", b"\xff\xd8\xff", b"\xff\xd8\xff" * 9999, b"\xff\xd8" + b"\xff\xe0\0\2" * 99999, b"<svg xmlns='http://www.w3.org/2000/svg'/>",
                     b"RIFF\0\0\0\0WEBPVP8X", b"\x89PNG\r\n\x1a\n", picture(1, "jpg")[:900], b"<html>404</html>", bytes(5000)):
-        assert reason(data.decode, {"jpg": content}) == "corrupt image"
-    assert reason(data.decode, {}) == "missing from shard"
+        assert reason(images.decode, {"jpg": content}) == "corrupt image"
+    assert reason(images.decode, {}) == "missing from shard"
 
 
 def test_pngs_with_broken_pixels():
@@ -152,7 +153,7 @@ def test_pngs_with_broken_pixels():
                 "one bit": before + chunk(data)[:30] + bytes([chunk(data)[30] ^ 1]) + chunk(data)[31:] + after,
                 "filter": before + chunk(zlib.compress(b"\x09" + raw[1:])) + after, "too few": before + chunk(zlib.compress(raw[:1000])) + after}
     for name, bad in bad_ones.items():
-        assert reason(tars.decode, {"png": bad}) == "corrupt image", name
+        assert reason(images.decode, {"png": bad}) == "corrupt image", name
 
 
 def test_files_that_are_too_large(tmp_path):
@@ -200,7 +201,7 @@ def test_a_repeated_name_begins_another_sample(tmp_path):
         index = data.load_index(path)
         assert index.num_samples == len(expected) and tars.count_samples(path, ("txt",), False, "") == (len(expected), left_out)
         reader = data.Reader(index)
-        assert [number_of(data.decode(reader.read(i))) for i in range(len(expected))] == expected
+        assert [number_of(images.decode(reader.read(i))) for i in range(len(expected))] == expected
 
 
 def test_what_is_left_out_is_said_once(tmp_path, capsys):
@@ -485,7 +486,7 @@ def test_nothing_is_written_and_no_link_followed(tmp_path):
 
 def test_nothing_of_the_data_is_run():
     """The modules that read data call nothing that runs or unpickles it, or unpacks a tar to disk."""
-    for name in ("data.py", "shards.py", "tokenizer.py", "checkpoint.py"):
+    for name in ("data.py", "shards.py", "images.py", "tokenizer.py", "checkpoint.py"):
         with open(os.path.join(ROOT, name)) as f:
             tree = ast.parse(f.read())
         for node in ast.walk(tree):
@@ -533,7 +534,7 @@ def mutated(content, random, headers=()):
 def test_damaged_shards_at_random(tmp_path, monkeypatch):
     """Each is read, with its bad samples counted, or refused: no other exception, no hang, no memory."""
     monkeypatch.setattr(data, "BACK_OFF", ())
-    monkeypatch.setattr(tars, "MOST_PIXELS", 1_000_000)
+    monkeypatch.setattr(images, "MOST_PIXELS", 1_000_000)
     monkeypatch.setattr(tars, "tqdm", lambda results, *_, **__: results)
     draw, originals, results = random.Random(0), [], {"read": 0, "refused": 0}
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
@@ -559,7 +560,7 @@ def test_damaged_shards_at_random(tmp_path, monkeypatch):
 
 
 def test_damaged_files_at_random(monkeypatch):
-    monkeypatch.setattr(tars, "MOST_PIXELS", 1_000_000)
+    monkeypatch.setattr(images, "MOST_PIXELS", 1_000_000)
     draw, results, tokenize = random.Random(0), {"read": 0, "bad": 0}, data.Tokenizer(77)
     pictures = [encoded(), encoded(progressive=True), encoded(format="PNG"), encoded(format="WEBP"), encoded(format="WEBP", mode="RGBA")]
     texts = [json.dumps({"t": ["a caption", "é日本 \ud83d\ude00"]}).encode(), '{"t": "été"}'.encode(), json.dumps({"t": "x" * 300}).encode()]
@@ -572,7 +573,7 @@ def test_damaged_files_at_random(monkeypatch):
                 else:
                     assert data.training_sample({"jpg": bad, "txt": b"x"}, np.random.default_rng(0), 8, (0.9, 1.0), "")[0].shape == (3, 8, 8)
                 results["read"] += 1
-            except data.BadSample:
+            except images.BadSample:
                 results["bad"] += 1
     print(results)
     assert sum(results.values()) == 2400 and min(results.values()) > 300

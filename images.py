@@ -1,0 +1,176 @@
+"""An encoded image, bytes from whoever wrote the shard, to a cropped uint8 tensor.
+
+Nothing is decoded that declares more than MOST_PIXELS. JPEGs of training are decoded by config.decoder:
+
+  torchvision          every pixel, then the crop is resized, bicubic and antialiased: within 0.3/255 of Pillow's, in less time
+  pillow, simplejpeg   at 1/2, 1/4 or 1/8 of the size where the crop is still at least as large as the model's input: the finest
+                       frequencies are left out instead of averaged away. Faster for large pictures, and 1 to 3/255 from Pillow's
+
+WebP is always torchvision's, PNG Pillow's, and evaluation is always torchvision's, so that results do not depend on a setting.
+"""
+
+import io
+import math
+import re
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+
+from config import ConfigError
+
+IMAGES = {"jpg", "jpeg", "png", "webp"}
+MOST_PIXELS = 100_000_000           # an image that declares more is not decoded: a file of kilobytes can declare gigabytes
+MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")               # of a JPEG: all that have a length
+# torchvision 0.29 announces that its decoders will move to TorchCodec some day; nothing is to be done about it in a run.
+warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. Its text is the reason under which it is counted."""
+
+
+# ---- decoding ----
+
+def declared_size(data):
+    """An encoded image, bytes -> (height, width) as its header declares them; (0, 0) if it is no JPEG, PNG or WebP, or is broken."""
+    def number(start, end, order="big"):
+        return int.from_bytes(data[start:end], order)
+    if data[:3] == b"\xff\xd8\xff":
+        at = 2
+        for _ in range(1000):
+            if not (marker := MARKER.search(data, at)):
+                break
+            at = marker.start()
+            if data[at + 1] >> 4 == 0xc and data[at + 1] not in b"\xc4\xc8\xcc":       # a frame, not tables
+                return number(at + 5, at + 7), number(at + 7, at + 9)
+            at += 2 + number(at + 2, at + 4)
+    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
+        return number(20, 24), number(16, 20)
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":
+        return number(28, 30, "little") & 0x3fff, number(26, 28, "little") & 0x3fff
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8L":
+        return (number(22, 25, "little") >> 6 & 0x3fff) + 1, (number(21, 23, "little") & 0x3fff) + 1
+    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        return number(27, 30, "little") + 1, number(24, 27, "little") + 1
+    return 0, 0
+
+
+def encoded(files):
+    """The image among {extension: bytes} -> (bytes, declared height, width). BadSample if it is none or too large, or if there are no
+    files."""
+    if not files:
+        raise BadSample("missing from shard")
+    if None in files.values():
+        raise BadSample("file too large")
+    data = next(files[extension] for extension in files if extension in IMAGES)
+    height, width = declared_size(data)
+    if height * width > MOST_PIXELS:
+        raise BadSample("too many pixels")
+    if not height * width:                                      # the decoders know more formats: films, for example
+        raise BadSample("corrupt image")
+    return data, height, width
+
+
+def decode(files):
+    """The image among {extension: bytes} -> uint8 [3, h, w]. BadSample if it is corrupt or too large, or if there are no files."""
+    return pixels(*encoded(files))
+
+
+def pixels(data, height, width):
+    """An encoded image of a declared size -> uint8 [3, height, width], in memory [height, width, 3]. BadSample if it is corrupt."""
+    try:
+        if data[:4] == b"\x89PNG":
+            image = decode_png(data)
+        else:
+            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        if image.shape != (3, height, width):
+            raise ValueError("its header says otherwise")
+        return image
+    except Exception as error:
+        raise BadSample("corrupt image") from error
+
+
+def decode_png(data):
+    """A PNG, bytes -> uint8 [3, h, w]; any exception if it is broken. By Pillow, a quarter slower: one wrong bit in the compressed
+    pixels, and torchvision's decoder (0.29) ends the whole process with a segmentation fault."""
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
+    if image.mode.startswith("I"):                              # grey of 16 bits; Pillow itself takes the upper 8 of a colour
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def scaled_pixels(data, height, width, decoder, by):
+    """A JPEG of a declared size, at 1, 1/2, 1/4 or 1/8 of it -> uint8 [3, height / by, width / by], rounded up. Any exception if it is
+    corrupt, or of a rare kind that the decoder does not know."""
+    h, w = -(-height // by), -(-width // by)
+    if decoder == "pillow":
+        image = Image.open(io.BytesIO(data), formats=["JPEG"])
+        image.draft("RGB", (width // by, height // by))
+        image = np.array(image.convert("RGB"))
+    else:
+        import simplejpeg
+        image = simplejpeg.decode_jpeg(data, min_height=h, min_width=w, min_factor=1)
+    if image.shape != (h, w, 3):
+        raise ValueError("its header says otherwise")
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def check_decoder(decoder):
+    """ConfigError if a decoder's package is missing: here, in the trainer, and not in a worker later on."""
+    if decoder == "simplejpeg":
+        try:
+            import simplejpeg  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"decoder = 'simplejpeg' needs a package ({error}): pip install simplejpeg, or set decoder = 'pillow', which "
+                              "makes nearly the same pixels, or 'torchvision', the default") from error
+
+
+# ---- crops ----
+
+def resize(image, height, width):
+    """uint8 [3, h, w] -> uint8 [3, height, width], bicubic and antialiased."""
+    image = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)    # image[None], in strides by which torch sees channels_last: up to a third faster
+    return torch.nn.functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)[0]
+
+
+def random_crop(height, width, scale, random):
+    """-> (top, left, height, width) in pixels: a share of the area drawn from `scale`, an aspect ratio drawn log-uniformly from
+    3/4..4/3; when ten draws do not fit into the image, the largest part at its centre with such a ratio."""
+    for _ in range(10):
+        area, ratio = height * width * random.uniform(*scale), math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return random.integers(height - h + 1), random.integers(width - w + 1), h, w
+    ratio = min(max(width / height, 3 / 4), 4 / 3)
+    h, w = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def training_image(data, height, width, random, size, crop_scale, decoder="torchvision"):
+    """An encoded image of a declared size, a generator -> a random crop of it, uint8 [3, size, size]. BadSample if it is corrupt.
+    The generator draws the same whatever the decoder; at 1/n of the size the crop's edges are rounded down to multiples of n."""
+    top, left, h, w = random_crop(height, width, crop_scale, random)
+    by, image = 1, None
+    if decoder != "torchvision" and data[:2] == b"\xff\xd8":
+        by = max(n for n in (1, 2, 4, 8) if n == 1 or min(h, w) // n >= size)
+        try:
+            image = scaled_pixels(data, height, width, decoder, by)
+        except Exception:
+            by = 1                                              # torchvision decides whether it is corrupt
+    if image is None:
+        image = pixels(data, height, width)
+    top, left, h, w = top // by, left // by, h // by, w // by
+    return resize(image[:, top:top + h, left:left + w], size, size)
+
+
+def evaluation_image(files, size):
+    """The image among {extension: bytes} -> uint8 [3, size, size]: the shorter side resized, then the centre. BadSample says why not."""
+    image = decode(files)
+    h, w = (size * side // min(image.shape[1:]) for side in image.shape[1:])
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    if h * w > MOST_PIXELS:                     # of a line of pixels; nothing else grows that much
+        raise BadSample("too many pixels")
+    return resize(image, h, w)[:, top:top + size, left:left + size]
