@@ -81,9 +81,11 @@ def role(pid):
 
 # ---- kills ----
 
-def kills(folder, count, steps, seed):
-    """One run of 2 ranks with a worker each, killed `count` times at random moments in one of four ways, and then left to end."""
-    shutil.rmtree(folder, ignore_errors=True)
+def kills(folder, count, steps, seed, done=0):
+    """One run of 2 ranks with a worker each, killed `count` times at random moments in one of four ways, and then left to end.
+    done: that many kills have been survived in this folder already, and are gone on from."""
+    if not done:
+        shutil.rmtree(folder, ignore_errors=True)
     settings = {**TINY, "train_data": shapes.write(os.path.join(folder, "set")), "algorithm": "fastclip-v2", "max_steps": steps, "epochs": 10000,
                 "save_steps": 4, "log_steps": 1, "keep": 3, "workers": 1, "timeout": 60, "resume": "auto"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", os.path.join(ROOT, "train.py")]
@@ -93,7 +95,7 @@ def kills(folder, count, steps, seed):
         return subprocess.Popen(torchrun + words_of(**settings, out_dir=out_dir), env=env, stdout=log, stderr=log, start_new_session=True)
 
     whole, killed = os.path.join(folder, "whole"), os.path.join(folder, "killed")
-    with open(os.path.join(folder, "whole.log"), "w") as log:
+    with open(os.path.join(folder, "whole.log"), "a") as log:
         start = time.monotonic()
         assert launch(whole, log).wait() == 0, "the uninterrupted run failed"
         print(f"the uninterrupted run of {steps} steps took {time.monotonic() - start:.0f} s", flush=True)
@@ -106,8 +108,8 @@ def kills(folder, count, steps, seed):
 
     draw, ways, slowest, saved, in_startup = random.Random(seed), {}, 0.0, [], 0
     metrics = os.path.join(killed, "metrics.jsonl")
-    with open(os.path.join(folder, "killed.log"), "w") as log:
-        for number in tqdm(range(count), "kills"):
+    with open(os.path.join(folder, "killed.log"), "a") as log:
+        for number in tqdm(range(done, count), "kills"):
             run = launch(killed, log)
             everyone = set()
             if draw.random() < 0.1:                                    # sometimes before it trains
@@ -136,7 +138,8 @@ def kills(folder, count, steps, seed):
                 os.kill(pid, signal.SIGKILL)
             while run.poll() is None or any(family(pid) for pid in everyone):     # nothing of it may stay behind
                 everyone.update(family(run.pid))
-                assert time.monotonic() - start < 90, f"90 s after kill {number} ({way}) there are {[(p, role(p)) for p in everyone if family(p)]}"
+                # A rank that is just joining the others looks for them for `timeout` + 60 s.
+                assert time.monotonic() - start < 150, f"150 s after kill {number} ({way}) there are {[(p, role(p)) for p in everyone if family(p)]}"
                 time.sleep(0.05)
             slowest = max(slowest, time.monotonic() - start)
             ways[way] = ways.get(way, 0) + 1
@@ -145,7 +148,7 @@ def kills(folder, count, steps, seed):
         assert launch(killed, log).wait() == 0, f"see {log.name}"
     assert_same_run(whole, killed, steps)
     log = open(os.path.join(folder, "killed.log")).read()
-    note("kills", {"kills": count, "ways": ways, "before_training": in_startup, "steps": steps, "save_steps": settings["save_steps"],
+    note("kills", {"kills": count, "of_these_in_an_earlier_session": done, "ways_in_this_one": ways, "before_training": in_startup, "steps": steps, "save_steps": settings["save_steps"],
                    "last_kill_after_step": saved[-1], "slowest_to_end_s": round(slowest, 1), "damaged_checkpoints": log.count("is damaged"),
                    "same_weights_moments_state_and_metrics": True})
 
@@ -261,6 +264,7 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=["kills", "memory", "stall"])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, help="of the run: kills 1600, memory 4000")
+    parser.add_argument("--done", type=int, default=0, help="kills: so many have been survived in --folder, go on from there")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ways of killing")
     parser.add_argument("--fault", default="", help="memory: a fault of tests/faults.py, for example leak@500:0, which must be found")
     parser.add_argument("--folder", default=os.path.join(ROOT, "runs", "soak"))
@@ -268,7 +272,7 @@ if __name__ == "__main__":
     place = os.path.join(a.folder, a.part)
     os.makedirs(a.folder, exist_ok=True)
     if a.part == "kills":
-        kills(place, a.kills, a.steps or 1600, a.seed)
+        kills(place, a.kills, a.steps or 1600, a.seed, a.done)
     elif a.part == "memory":
         memory(place, a.steps or 4000, a.fault)
     else:
