@@ -27,7 +27,7 @@ import watch
 from config import ConfigError
 from loss import ContrastiveLoss
 from shards import load_index
-from watchdog import LEAVING, Watchdog
+from watchdog import LEAVING, Watchdog, end_with_torchrun
 
 
 def train_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, steps_per_epoch, total_steps):
@@ -92,6 +92,7 @@ def main(argv):
         return print(plan.report(c))
     started = time.monotonic()
     os.umask(os.umask(0) | 0o002)                                # nothing that a run writes can be changed by everybody
+    end_with_torchrun()
     watchdog = saver = stop = lock = None
     try:
         device = dist.init(c.device, c.timeout)

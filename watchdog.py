@@ -138,6 +138,18 @@ class Watchdog:
             os._exit(1)
 
 
+def end_with_torchrun():
+    """From now on this process ends when torchrun does, even where no watchdog is yet: a rank may look for the others for minutes."""
+    parent = os.getppid()
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        print(f"error: rank {os.environ['RANK']} ends, because its torchrun has died", file=sys.stderr, flush=True)
+        os._exit(1)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def silent(ranks, pulses):
     """-> the sentence that names ranks without a pulse."""
     return "; ".join(f"rank {r} no longer answers, it was last heard of at {pulses[r].split('|', 2)[-1] or 'start-up'}: killed, or its host is gone"

@@ -144,6 +144,16 @@ def test_a_first_rank_that_is_killed_takes_the_store_with_it(tmp_path, sets):   
     assert status == 1 and "rank 1" in shown and "step 3" in shown and "first host" in shown, shown
 
 
+def test_ranks_end_with_their_torchrun(tmp_path):
+    """Also while they still look for each other, where no watchdog is: a parent that is killed, and its child that waits for ever."""
+    child = "import watchdog, time; watchdog.end_with_torchrun(); print('up', flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"], text=True,
+                              env={**os.environ, "TORCHELASTIC_RUN_ID": "x", "RANK": "3"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert parent.stdout.readline() == "up\n"
+    parent.kill()
+    assert parent.stdout.read() == "error: rank 3 ends, because its torchrun has died\n"       # the child's end closes the pipe
+
+
 # ---- asked to stop ----
 
 @pytest.mark.parametrize("name", ["TERM", "USR1", "INT"])
