@@ -342,7 +342,7 @@ def load(path, model, optimizer, loss, scaler, config, fingerprint=""):
     algorithm or data set."""
     load_model(path, model, config)
     train = read(os.path.join(path, "train.pt"))
-    there = train["config"]
+    there = {**{f.name: f.default for f in dataclasses.fields(config)}, **train["config"]}      # a key may be younger than the checkpoint
     for key in ("algorithm", "optimizer", "batch_size", "seed", "lanes", "shuffle_block", "decoder"):
         if there[key] != getattr(config, key):
             raise ConfigError(f"{path} was trained with {key} = {there[key]!r}, this run has {getattr(config, key)!r}; a continued run cannot change it")
