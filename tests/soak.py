@@ -217,7 +217,7 @@ def draw(series, path):
 
 # ---- stall ----
 
-def stall(folder, repeats=5):
+def stall(folder, repeats=3):
     """For how long a save holds training up, and how much slower steps are while it is written."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
