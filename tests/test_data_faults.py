@@ -292,6 +292,9 @@ def test_a_command_that_hangs(tmp_path, monkeypatch):
         assert url in str(error.value)
         with pytest.raises(ConfigError, match=match) as error:
             data.load_index(url)
+        end = time.monotonic() + 10                     # what was killed needs a moment to be gone
+        while (is_running(f"sleep\0{seconds}") or is_running(f"sleep {seconds}")) and time.monotonic() < end:
+            time.sleep(0.05)
         assert url in str(error.value) and not is_running(f"sleep\0{seconds}") and not is_running(f"sleep {seconds}")
     assert zombies() <= before
 
