@@ -73,16 +73,14 @@ class Saver:
             raise RuntimeError(f"{name} is not finite after step {step}, which is not saved. {self.describe_newest()}")
         state = self.loss.state
         files = {state_file(dist.rank(), dist.world_size()): {"table": state.table[:-1], "columns": state.columns, "num_samples": state.num_samples,
-                                                              "batchnorm": dist.batchnorm(self.model)}}
+                                                              "batchnorm": [x.clone() for x in dist.batchnorm(self.model)]}}
         if dist.rank() == 0:
             files["model.pt"] = {"state_dict": weights}
             files["train.pt"] = {"step": step, "world_size": dist.world_size(), "optimizer": self.optimizer.state_dict(), "log": log_state,
                                  "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(), "fingerprint": self.fingerprint,
                                  "config": dataclasses.asdict(self.config)}
-        own = snapshot(dist.batchnorm(self.model), None)
-        with dist.averaged_batchnorm(self.model):
+        with dist.averaged_batchnorm(self.model):           # the clones above stay this rank's own
             self.held = snapshot(files, self.held)
-        self.held[state_file(dist.rank(), dist.world_size())]["batchnorm"] = own
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()                        # the copies have arrived
         self.final, self.sums, self.error = os.path.join(self.root, f"step-{step:08d}"), {}, None
