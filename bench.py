@@ -18,94 +18,41 @@ Rows {mode, side, settings, unit, median, all, ...} are merged into --out, and a
 """
 
 import argparse
-import contextlib
-import datetime
-import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, islice
+from itertools import cycle
 
-import train                    # first, because it says how torch's threads are to wait
+import lab                      # first, because it imports train, which says how torch's threads are to wait
 import torch
-from torch.autograd import DeviceType
 from tqdm import tqdm
 
 import config as configs
 import data
 import dist
-import lab
-import model as models
-import optim
 import peer
 import plan
+import results
 import watch
 from config import ConfigError
 from loss import ALGORITHMS, ContrastiveLoss
+from results import beside, row
 from shards import load_index
-
-
-class Ours:
-    """train.train_step, set up as train.main does, on data.Batches from an endless iterator."""
-
-    def __init__(self, a, batches, algorithm="fastclip-v3", grad_wire="fp32", compiled=False):
-        self.c = c = configs.Config(model=a.model, algorithm=algorithm, batch_size=a.batch * dist.world_size(), precision=a.precision,
-                                    grad_wire=grad_wire, warmup_steps=100, lr=1e-4, **a.numbers)
-        torch.manual_seed(0)
-        self.device, self.batches, self.steps = device_of(a), batches, 0
-        self.model = models.create(c.model, c.tau_init, **c.model_numbers()).to(self.device).train()
-        dtype = dist.precision(c.precision, self.device)
-        if models.is_resnet(self.model):
-            self.model.to(memory_format=torch.channels_last)
-        dist.broadcast_weights(self.model)
-        self.optimizer = optim.create(self.model, c)
-        self.loss = ContrastiveLoss(algorithm, 4096, device=self.device, tile=c.loss_tile)
-        if compiled:
-            self.model.compile_blocks()
-        self.reducer = dist.GradReducer([p for p in self.model.parameters() if p is not self.model.logit_scale], c.bucket_mb,
-                                        torch.bfloat16 if grad_wire == "bf16" else torch.float32)
-        self.scaler, self.autocast = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16), dist.autocast(dtype, self.device)
-
-    def run(self, steps):
-        for batch in islice(self.batches, steps):
-            batch = batch._replace(images=batch.images.to(self.device, non_blocking=True), tokens=batch.tokens.to(self.device, non_blocking=True))
-            out, _ = train.train_step(batch, self.model, self.loss, self.optimizer, self.reducer, self.scaler, self.autocast, self.c, self.steps,
-                                      1000, 10_000)
-            self.steps += 1
-        return out.objective.item()
-
-
-def theirs(a, batches, **options):
-    return peer.Trainer(a.model, a.numbers, a.batch, a.precision, device_of(a), batches, **options)
-
-
-def device_of(a):
-    return torch.device("cuda", torch.cuda.current_device()) if a.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
-
-
-def shape_of(a):
-    """-> (image size, context length, d, parameters in all, FLOPs forward of an image and of a token)."""
-    with torch.device("meta"):
-        model = models.create(a.model, **a.numbers)
-    flops = models.forward_flops(model, model.context_length)
-    return model.image_size, model.context_length, model.embed_dim, models.num_parameters(model)["total"], flops["image"], flops["text"] / model.context_length
 
 
 # ---- step ----
 
 def step_worker(a, side):
     device = dist.init(a.device)
-    image_size, context_length, *_ = shape_of(a)
+    image_size, context_length, *_ = lab.shape_of(a)
     batches, compiled = lab.made_batches(image_size, context_length, a.batch), side.endswith("compiled")
     if side.startswith("open_clip"):
-        trainer = theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), compiled=compiled)
+        trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), compiled=compiled)
     else:
-        trainer = Ours(a, cycle(batches), a.algorithm, compiled=compiled)
+        trainer = lab.Ours(a, cycle(batches), a.algorithm, compiled=compiled)
     steps = a.steps or (20 if device.type == "cuda" else 1)
     trainer.run(2 * len(batches) if compiled or device.type == "cuda" else 1)
     lab.forget_peak(device)
@@ -121,14 +68,14 @@ def step_worker(a, side):
 def step(a):
     sides = [side + compiled for compiled in ["", " compiled"][:1 + a.compiled] for side in ("ours", "open_clip")]
     answers = lab.take_turns({side: lab.Worker(step_worker, a, side) for side in sides}, [None] * a.rounds, f"step {a.model}")
-    image_flops, token_flops = shape_of(a)[4:]
+    image_flops, token_flops = lab.shape_of(a)[4:]
     work = 3 * (image_flops + token_flops * lab.caption_lengths(4 * a.batch).float().mean().item())      # of a pair
     rate = max(rate for rows in answers.values() for _, _, rate in rows)
     settings, rows = dict(model=a.model, batch=a.batch, precision=a.precision, **a.numbers), []
     for side, values in answers.items():
         speeds = [a.batch / seconds for seconds, *_ in values]
-        rows.append(row("step", side, settings, "samples/s", speeds, peak_bytes=max(m for _, m, _ in values), mfu=statistics.median(speeds) * work / rate,
-                        matmul_flops=rate, algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
+        rows.append(row("step", side, settings, "samples/s", speeds, peak_bytes=max(m for _, m, _ in values), matmul_flops=rate,
+                        mfu=statistics.median(speeds) * work / rate, algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
     return beside(rows)
 
 
@@ -161,7 +108,8 @@ def loader(a):
         index, source = load_index(shards), f"JPEG {a.size} px" if not a.shards else "given"
         count = min(index.num_samples, a.images)
         kilobytes = sum(os.path.getsize(s) for s in index.shards if os.path.exists(s)) / index.num_samples / 1e3
-        answers = lab.take_turns({side: lab.Worker(loader_worker, a, side, shards, count) for side in ("ours", "open_clip")}, [None] * a.rounds, f"loader {source}")
+        sides = {side: lab.Worker(loader_worker, a, side, shards, count) for side in ("ours", "open_clip")}
+        answers = lab.take_turns(sides, [None] * a.rounds, f"loader {source}")
     settings = dict(source=source, batch=a.batch, workers=a.workers, cores=1 if not a.workers else lab.cores())
     return beside([row("loader", side, settings, "images/s", speeds, kilobytes_per_sample=kilobytes) for side, speeds in answers.items()])
 
@@ -197,59 +145,65 @@ def loss_worker(a, side, d):
 def loss(a):
     b, B = a.batch, a.global_batch
     pairs = [(b, B)] + [(min(b, 128), B // 4 * 2 ** i) for i in range(4)] + [(b // 2 ** i, B) for i in (1, 2)]
-    d, rows = shape_of(a)[2], []
+    d, rows = lab.shape_of(a)[2], []
     sides = ("ours", f"ours, loss_tile={a.tile}", "open_clip")
     answers = lab.take_turns({side: lab.Worker(loss_worker, a, side, d) for side in sides}, pairs * a.rounds, "loss")
-    step_seconds = [s for s, *_ in lab.take_turns({"ours": lab.Worker(step_worker, argparse.Namespace(**{**vars(a), "batch": a.step_batch}), "ours")},
-                                              [None] * min(3, a.rounds), "a step to compare with")["ours"]]
-    whole = statistics.median(step_seconds) / a.step_batch * b
+    a = changed(a, batch=a.step_batch)
+    whole = lab.take_turns({"ours": lab.Worker(step_worker, a, "ours")}, [None] * min(3, a.rounds), f"step {a.model}")["ours"]
+    whole = statistics.median(seconds for seconds, *_ in whole) / a.step_batch * b
     for i, (b, B) in enumerate(pairs):
         for side in sides:
             values = answers[side][i::len(pairs)]
-            more = dict(share_of_step=statistics.median(s for s, _ in values) / whole, step=f"{a.model}, {b} x that of {a.step_batch}") if i == 0 else {}
-            rows.append(row("loss", side, dict(b=b, B=B, d=d), "ms", [1000 * s for s, _ in values], peak_bytes=statistics.median(m for _, m in values),
-                            gathered_bytes=2 * B * d * 4, **more))
+            rows.append(row("loss", side, dict(b=b, B=B, d=d), "ms", [1000 * s for s, _ in values], gathered_bytes=2 * B * d * 4,
+                            peak_bytes=statistics.median(m for _, m in values)))
+            if i == 0:
+                rows[-1].update(share_of_step=rows[-1]["median"] / 1000 / whole, step=f"{a.model}, {b} samples as fast as {a.step_batch}")
     return rows
 
 
 # ---- wire ----
 
-def wire_rank(a, side, grad_wire):
-    """-> bytes that this rank sends in one step, by purpose; the second step, as the first sets things up."""
+def wire_rank(a, sides):
+    """-> for each side ({purpose: bytes that this rank sends in one step}, bytes of buffers); the second step, as the first sets things up."""
     dist.init(a.device)
-    image_size, context_length, *_ = shape_of(a)
-    batches = lab.made_batches(image_size, context_length, a.batch, count=1)
-    if side == "open_clip":
-        trainer = theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), count=True)
-    else:
-        trainer = Ours(a, cycle(batches), side, grad_wire)
-    traffic = trainer.traffic if side == "open_clip" else dist.traffic
-    trainer.run(1)
-    traffic.clear()
-    trainer.run(1)
-    yield {k: v for k, v in traffic.items() if v}, getattr(trainer, "buffer_bytes", 0)
+    image_size, context_length, *_ = lab.shape_of(a)
+    batches, sent = lab.made_batches(image_size, context_length, a.batch, count=1), []
+    for side, grad_wire in sides:
+        if side == "open_clip":
+            trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), count=True)
+        else:
+            trainer = lab.Ours(a, cycle(batches), side, grad_wire)
+        traffic = trainer.traffic if side == "open_clip" else dist.traffic
+        trainer.run(1)
+        traffic.clear()
+        trainer.run(1)
+        sent.append(({k: v for k, v in traffic.items() if v}, getattr(trainer, "buffer_bytes", 0)))
+        trainer = None
+    yield sent
 
 
 def wire(a):
-    *_, d, parameters, _, _ = shape_of(a)
-    k, rows, usual = a.ranks, [], a.global_batch // 8
-    for side, grad_wire in tqdm([("open_clip", "fp32"), *((name, "fp32") for name in ALGORITHMS), ("fastclip-v3", "bf16")], desc="wire", leave=False):
-        (counted, buffers), *others = lab.on_ranks(k, wire_rank, a, side, grad_wire)
-        if side == "open_clip":
-            formula = lambda b: peer.formula(b, d, parameters, buffers)
-        else:
-            state = ALGORITHMS[side]
-            width, columns = 2 if grad_wire == "bf16" else 4, 2 * state.state + 7 * (state.tau == "sample")
-            formula = lambda b, k=k: plan.traffic(b * k, d, columns, (parameters - 1) * width)      # tau's gradient is known to all
-        expected = {name: count(k) for name, count in formula(a.batch).items() if count(k)}
-        large = formula(usual) if side == "open_clip" else formula(usual, 8)
-        rows.append(row("wire", side, dict(model=a.model, ranks=k, batch=a.batch, grad_wire=grad_wire, **a.numbers), "bytes",
-                        [sum(counted.values()), *(sum(c.values()) for c, _ in others)], counted=counted, formula=expected,
-                        # Each bucket's share is rounded down, and the sum's only once: less than a byte per bucket.
-                        equal=counted.keys() == expected.keys() and all(0 <= expected[n] - counted[n] < 100 for n in expected),
-                        at_8_ranks={"batch": usual, **{name: count(8) for name, count in large.items() if count(8)}}))
-        in_all = lambda r: sum(v for name, v in r["at_8_ranks"].items() if name != "batch")
-        rows[-1].update(share=rows[-1]["median"] / rows[0]["median"], share_at_8_ranks=in_all(rows[-1]) / in_all(rows[0]))
+    *_, d, parameters, _, _ = lab.shape_of(a)
+    sides = [("open_clip", "fp32"), *((name, "fp32") for name in ALGORITHMS), ("fastclip-v3", "bf16")]
+    ranks, rows, usual = lab.on_ranks(a.ranks, wire_rank, a, sides, label="wire"), [], a.global_batch // 8
+    for (side, grad_wire), counts in zip(sides, zip(*ranks)):
+        sent, buffers = counts[0]
+        width, state = 2 if grad_wire == "bf16" else 4, ALGORITHMS.get(side)
+
+        def formula(k, b):
+            if side == "open_clip":
+                parts = peer.formula(b, d, parameters, buffers)
+            else:                               # every rank knows tau's gradient: it is not sent
+                parts = plan.traffic(b * k, d, 2 * state.state + 7 * (state.tau == "sample"), (parameters - 1) * width)
+            return {name: count(k) for name, count in parts.items() if count(k)}
+        expected, large = formula(a.ranks, a.batch), formula(8, usual)
+        # A bucket's share is rounded down to a byte, in the formula only their sum's is.
+        equal = sent.keys() == expected.keys() and all(0 <= expected[name] - sent[name] < 100 for name in expected)
+        settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, grad_wire=grad_wire, **a.numbers)
+        rows.append(row("wire", side, settings, "bytes", [sum(c.values()) for c, _ in counts], counted=sent, formula=expected, equal=equal,
+                        at_8_ranks={"batch": usual, **large}))
+        rows[-1].update(share=rows[-1]["median"] / rows[0]["median"],
+                        share_at_8_ranks=sum(large.values()) / sum(v for name, v in rows[0]["at_8_ranks"].items() if name != "batch"))
     return rows
 
 
@@ -258,13 +212,13 @@ def wire(a):
 def breakdown_rank(a, shards, side, grad_wire):
     """-> for each round {part of a step: seconds}, from what torch's profiler saw."""
     device = dist.init(a.device)
-    image_size, context_length, *_ = shape_of(a)
+    image_size, context_length, *_ = lab.shape_of(a)
     if side == "open_clip":
         loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, 1)
-        trainer = theirs(a, iter(loader))
+        trainer = lab.theirs(a, iter(loader))
     else:
         order = data.Order(load_index(shards), a.batch * dist.world_size())
-        trainer = Ours(a, iter(data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=1,
+        trainer = lab.Ours(a, iter(data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=1,
                                            device=device, num_steps=10 ** 6)), side, grad_wire)
     trainer.run(2)
     rounds = []
@@ -275,45 +229,8 @@ def breakdown_rank(a, shards, side, grad_wire):
             trainer.run(1)
             watch.synchronize(device)
             seconds = time.perf_counter() - start
-        rounds.append(parts_of(profile.events(), seconds, device.type == "cuda"))
+        rounds.append(lab.parts_of(profile.events(), seconds, device.type == "cuda"))
     yield rounds
-
-
-def parts_of(events, seconds, on_gpu):
-    """A profile of one step -> {part: seconds}. Busy: when an operator (GPU: a kernel) runs that is not a collective; communication counts from
-    a collective's start to its end, so with the wait for the slowest rank; hidden is what of it lies within busy time, exposed the rest."""
-    spans = lambda wanted: union((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events if wanted(e))
-    here = lambda e: (e.device_type == DeviceType.CUDA) == on_gpu
-    collective = lambda e: here(e) and (not e.is_user_annotation and "nccl" in e.name.lower() if on_gpu else e.name.startswith("gloo:"))
-    threads = {e.thread for e in events if collective(e)}           # gloo's own: what runs there is part of the collective
-    comm = spans(collective)
-    busy = spans(lambda e: here(e) and not collective(e) and (not e.is_user_annotation if on_gpu else e.name.startswith("aten::") and e.thread not in threads))
-    optimizer = spans(lambda e: here(e) and e.name.startswith("Optimizer.step"))
-    waiting = spans(lambda e: e.name.startswith("enumerate(DataLoader)"))
-    parts = {"compute": length(without(busy, optimizer)), "optimizer": length(busy) - length(without(busy, optimizer)),
-             "exposed": length(without(comm, busy)), "data": length(without(without(waiting, busy), comm))}
-    return {**parts, "other": seconds - sum(parts.values()), "hidden": length(comm) - parts["exposed"]}
-
-
-def union(spans):
-    out = []
-    for start, end in sorted(spans):
-        if out and start <= out[-1][1]:
-            out[-1] = out[-1][0], max(end, out[-1][1])
-        else:
-            out.append((start, end))
-    return out
-
-
-def without(spans, others):
-    """What of the spans lies in none of the others; both are unions."""
-    for a, b in others:
-        spans = [(s, e) for start, end in spans for s, e in ((start, min(end, a)), (max(start, b), end)) if s < e]
-    return spans
-
-
-def length(spans):
-    return sum(end - start for start, end in spans)
 
 
 def breakdown(a):
@@ -325,8 +242,8 @@ def breakdown(a):
         for side, grad_wire in tqdm(sides, desc="breakdown", leave=False):
             rounds = lab.on_ranks(a.ranks, breakdown_rank, a, shards, side, grad_wire)[0]
             parts = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-            rows.append(row("breakdown", side, dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, **a.numbers),
-                            "ms", [1000 * sum(v for name, v in r.items() if name != "hidden") for r in rounds],
+            settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, **a.numbers)
+            rows.append(row("breakdown", side, settings, "ms", [1000 * sum(v for name, v in r.items() if name != "hidden") for r in rounds],
                             parts_ms={name: 1000 * seconds for name, seconds in parts.items()},
                             hidden_share=parts["hidden"] / (parts["hidden"] + parts["exposed"])))
     return rows
@@ -337,7 +254,7 @@ def breakdown(a):
 def plan_rank(a):
     """-> (seconds of an all-reduce of 1 kB, of 64 MB; of a step that sends nothing, while the other ranks do theirs; of a step)."""
     device = dist.init(a.device)
-    image_size, context_length, *_ = shape_of(a)
+    image_size, context_length, *_ = lab.shape_of(a)
 
     def timed(function, times):
         function()
@@ -352,11 +269,11 @@ def plan_rank(a):
     small, large = (timed(lambda x=torch.ones(size // 4, device=device): dist.all_reduce(x, "ping").wait(), times)
                     for size, times in ((1000, 50), (int(64e6), 5)))
     batches = lab.made_batches(image_size, context_length, a.batch)
-    trainer = Ours(a, cycle(batches), a.algorithm, a.grad_wire)
+    trainer = lab.Ours(a, cycle(batches), a.algorithm, a.grad_wire)
     with_others = timed(lambda: trainer.run(1), a.rounds)
     buckets, size = len(trainer.reducer.buckets), dist.world_size
     trainer.reducer.buckets, dist.world_size = [], lambda: 1          # from here on as if alone
-    trainer = Ours(a, cycle(batches), a.algorithm)
+    trainer = lab.Ours(a, cycle(batches), a.algorithm)
     alone = []
     for _ in range(a.rounds + 1):
         torch.distributed.barrier()
@@ -378,19 +295,21 @@ def predicted(compute, traffic, ranks, buckets, alpha, bandwidth):
 
 def plan_mode(a):
     rows, columns = [], 2 * ALGORITHMS[a.algorithm].state + 7 * (ALGORITHMS[a.algorithm].tau == "sample")
-    *_, d, parameters, _, _ = shape_of(a)
+    *_, d, parameters, _, _ = lab.shape_of(a)
     for ranks in a.check_ranks:
-        small, large, compute, real, buckets = (statistics.median(x) for x in zip(*lab.on_ranks(ranks, plan_rank, a, label=f"plan, {ranks} ranks")))
+        measured = lab.on_ranks(ranks, plan_rank, a, label=f"plan, {ranks} ranks")
+        small, large, compute, real, buckets = map(statistics.median, zip(*measured))
         alpha = small / (2 * (ranks - 1))
         bandwidth = 2 * (ranks - 1) / ranks * 64e6 / (large - small)
-        sent = {name: count(ranks) for name, count in plan.traffic(a.batch * ranks, d, columns, parameters * (2 if a.grad_wire == "bf16" else 4)).items()}
+        traffic = plan.traffic(a.batch * ranks, d, columns, parameters * (2 if a.grad_wire == "bf16" else 4))
+        sent = {name: count(ranks) for name, count in traffic.items()}
         guess = predicted(compute, sent, ranks, int(buckets), alpha, bandwidth)
-        rows.append(row("plan", f"{ranks} ranks here", dict(model=a.model, batch=a.batch, algorithm=a.algorithm, grad_wire=a.grad_wire, **a.numbers), "ms",
-                        [1000 * real], predicted_ms=1000 * guess, error=guess / real - 1, compute_ms=1000 * compute, alpha_us=1e6 * alpha,
-                        bytes_per_second=bandwidth))
+        settings = dict(model=a.model, batch=a.batch, algorithm=a.algorithm, grad_wire=a.grad_wire, **a.numbers)
+        rows.append(row("plan", f"{ranks} ranks here", settings, "ms", [1000 * real], predicted_ms=1000 * guess, error=guess / real - 1,
+                        compute_ms=1000 * compute, alpha_us=1e6 * alpha, bytes_per_second=bandwidth))
     # Over nodes of 8, at links whose speed is given: one ring through all GPUs enters and leaves each node once.
-    a = argparse.Namespace(**{**vars(a), "model": a.plan_model, "numbers": {}})
-    _, length, d, parameters, image, token = shape_of(a)
+    a = changed(a, model=a.plan_model, numbers={})
+    _, length, d, parameters, image, token = lab.shape_of(a)
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         ranks = 8 * nodes
         b = a.global_batch // ranks
@@ -400,141 +319,12 @@ def plan_mode(a):
             sent = {name: count(ranks) for name, count in parts.items()}
             for link in a.links:
                 seconds = predicted(compute, sent, ranks, math.ceil(parameters * 4 / 25e6), 1e-6 * a.alpha, link / 8 * 1e9)
-                rows.append(row("plan", f"{side} {gradient}", dict(model=a.model, B=a.global_batch, gpus=ranks, gbit=link, tflops=a.tflops, alpha_us=a.alpha),
-                                "ms", [1000 * seconds], efficiency=compute / seconds, nodes=nodes))
+                settings = dict(model=a.model, B=a.global_batch, gpus=ranks, gbit=link, tflops=a.tflops, alpha_us=a.alpha)
+                rows.append(row("plan", f"{side} {gradient}", settings, "ms", [1000 * seconds], efficiency=compute / seconds, nodes=nodes))
     return rows
 
 
-# ---- rows, table, picture ----
-
-def row(mode, side, settings, unit, values, **more):
-    return dict(mode=mode, side=side, settings=settings, unit=unit, median=statistics.median(values), all=values, **more)
-
-
-def beside(rows):
-    """Add to each of ours its ratio with open_clip's, round by round, compiled with compiled."""
-    theirs = {r["side"]: r for r in rows}
-    for r in rows:
-        other = theirs[r["side"].replace("ours", "open_clip")]
-        r["ratio"] = statistics.median(x / y for x, y in zip(r["all"], other["all"]))
-    return rows
-
-
-def machine():
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return dict(cpu=name, cores=lab.cores(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
-
-
-def commit():
-    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-
-
-def save(rows, out):
-    """Rows take the place of older ones with the same mode, side and settings. ConfigError if the file is of another machine."""
-    document = dict(machine=machine(), rows=[])
-    if os.path.exists(out):
-        with open(out) as f:
-            document = json.load(f)
-        if document["machine"] != machine():
-            raise ConfigError(f"{out} was measured on another machine, {document['machine']}: name another --out")
-    now = dict(commit=commit(), date=datetime.datetime.now().isoformat(timespec="minutes"), load=os.getloadavg()[1],
-               versions=dict(python=platform.python_version(), torch=torch.__version__, open_clip=peer.version()))
-    key = lambda r: json.dumps([r["mode"], r["side"], r["settings"]], sort_keys=True)
-    new = {key(r) for r in rows}
-    document["rows"] = [r for r in document["rows"] if key(r) not in new] + [{**r, **now} for r in rows]
-    document.update(now)
-    with open(out + ".partial", "w") as f:
-        json.dump(document, f, indent=1)
-    os.replace(out + ".partial", out)
-    return document["rows"]
-
-
-SHOWN = {"ratio": "{:.2f} x", "mfu": "MFU {:.0%}", "share": "{:.3f} of open_clip's", "share_at_8_ranks": "{:.3f} at 8 ranks", "equal": "formula: {}",
-         "share_of_step": "{:.2%} of a step", "hidden_share": "{:.0%} of communication hidden", "predicted_ms": "predicted {:.0f} ms", "error": "{:+.0%}",
-         "efficiency": "efficiency {:.0%}"}
-
-
-def table(rows):
-    for r in rows:
-        settings = " ".join(f"{k}={v}" for k, v in r["settings"].items() if k not in ("model", "source", "precision"))
-        more = [form.format(r[k]) for k, form in SHOWN.items() if k in r] + [f"peak {plan.size(r['peak_bytes'])}"] * ("peak_bytes" in r)
-        name = r["settings"].get("model", r["settings"].get("source", ""))
-        value = plan.size(r["median"]) if r["unit"] == "bytes" else f"{r['median']:.4g} {r['unit']}"
-        spread = f"{min(r['all']):.4g}..{max(r['all']):.4g}" if len(set(r["all"])) > 1 else ""
-        print(f"{r['mode']:<10}{name:<15}{r['side']:<22}{value:>16}  {spread:<16}{', '.join(more):<50}  {settings}")
-
-
-def picture(rows, out):
-    """All rows -> one picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 4, figsize=(19, 8.5), layout="constrained")
-    of = lambda mode: [r for r in rows if r["mode"] == mode]
-
-    def bars(axis, rows, group, value, title, unit, note=None):
-        """Groups of bars, one for each side."""
-        groups, sides = list(dict.fromkeys(map(group, rows))), list(dict.fromkeys(r["side"] for r in rows))
-        for i, side in enumerate(sides):
-            mine = [r for r in rows if r["side"] == side]
-            x = [groups.index(group(r)) + (i - (len(sides) - 1) / 2) * 0.8 / len(sides) for r in mine]
-            drawn = axis.bar(x, [value(r) for r in mine], 0.8 / len(sides), label=side)
-            if note:
-                axis.bar_label(drawn, [note(r) for r in mine], fontsize=8)
-        axis.set_xticks(range(len(groups)), groups, fontsize=8)
-        axis.set(title=title, ylabel=unit)
-        axis.legend(fontsize=8)
-    ratio = lambda r: f"{r['ratio']:.2f}x" if r["side"].startswith("ours") else ""
-    steps = lambda r: f"{r['settings']['model']}\nbatch {r['settings']['batch']}"
-    bars(axes[0, 0], of("step"), steps, lambda r: r["median"], "training step", "samples/s", ratio)
-    bars(axes[0, 1], of("step"), steps, lambda r: r["peak_bytes"] / 1e9, "memory of the process at its peak", "GB")
-    bars(axes[0, 2], of("loader"), lambda r: f"{r['settings']['source']}\n{r['settings']['workers'] or 'no'} workers", lambda r: r["median"],
-         "tar to ready batch", "images/s", ratio)
-    losses = of("loss")
-    B0 = statistics.mode([r["settings"]["b"] for r in losses]) if losses else 0
-    for axis, value, title, unit in ((axes[0, 3], lambda r: r["median"], "time of the loss", "ms"),
-                                     (axes[1, 0], lambda r: (r["peak_bytes"] - r["gathered_bytes"]) / 1e6, "its memory at the peak, beyond the features", "MB")):
-        for side in dict.fromkeys(r["side"] for r in losses):
-            points = sorted((r["settings"]["B"], value(r)) for r in losses if r["side"] == side and r["settings"]["b"] == B0)
-            axis.plot(*zip(*points), marker="o", label=side)
-        axis.set(title=f"{title}, b = {B0}", xlabel="global batch B", ylabel=unit, ylim=(0, None))
-        axis.legend(fontsize=8)
-    axis, sent = axes[1, 1], [(f"{r['side']} {r['settings']['grad_wire']}", r["counted"]) for r in of("wire")]
-    stack(axis, sent, 1e6)
-    axis.set(title="sent in a step, counted", xlabel="MB")
-    axis, parts = axes[1, 2], [(f"{r['side']} {r['settings']['grad_wire']}", {k: v for k, v in r["parts_ms"].items() if k != "hidden"}) for r in of("breakdown")]
-    stack(axis, parts, 1)
-    for i, r in enumerate(of("breakdown")):     # what lies beside the computation, not behind it
-        axis.barh(i + 0.38, r["parts_ms"]["hidden"], 0.12, color="black", label="communication, hidden" if i == 0 else None)
-    axis.set(title="where a step's time goes", xlabel="ms")
-    axis.legend(fontsize=8)
-    axis = axes[1, 3]
-    for i, side in enumerate(dict.fromkeys(r["side"] for r in of("plan") if "nodes" in r)):
-        for link, style in zip(sorted({r["settings"]["gbit"] for r in of("plan") if "nodes" in r}), (":", "--", "-")):
-            mine = [r for r in of("plan") if r["side"] == side and r["settings"].get("gbit") == link]
-            axis.plot([r["nodes"] for r in mine], [r["efficiency"] for r in mine], style, color=f"C{i}", label=f"{side}, {link} Gbit/s")
-    axis.set(title="projected: computing's share of a step", xlabel="nodes of 8 GPUs", xscale="log", ylim=(0, 1.02))
-    axis.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
-    axis.legend(fontsize=7)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
-
-
-def stack(axis, bars, unit):
-    """[(label, {part: value})] -> horizontal stacked bars."""
-    left = [0.0] * len(bars)
-    for part in dict.fromkeys(part for _, parts in bars for part in parts):
-        values = [parts.get(part, 0) / unit for _, parts in bars]
-        axis.barh(range(len(bars)), values, 0.6, left=left, label=part)
-        left = [x + y for x, y in zip(left, values)]
-    axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
-    axis.invert_yaxis()
-    axis.legend(fontsize=8)
-
+# ---- the command ----
 
 MODES = {"step": step, "loader": loader, "loss": loss, "wire": wire, "breakdown": breakdown, "plan": plan_mode}
 DEFAULTS = {"step": dict(model="ViT-B-32", batch=32), "loader": dict(batch=64), "loss": dict(model="ViT-B-16", batch=640),
@@ -580,6 +370,10 @@ def numbers(text):
     return {key: configs.typed(key, configs.parse(value)) for key, value in (word.split("=") for word in text.split(","))}
 
 
+def changed(a, **settings):
+    return argparse.Namespace(**{**vars(a), **settings})
+
+
 def main(argv):
     a = parse(argv)
     peer.load()
@@ -587,10 +381,9 @@ def main(argv):
         raise ConfigError("device = 'cuda', but torch sees no GPU here; use --device=cpu")
     given = {name: value for name, value in vars(a).items() if value is not None}
     for mode, settings in EVERYTHING if a.mode == "all" else [(a.mode, {})]:
-        rows = MODES[mode](argparse.Namespace(**{**vars(a), **DEFAULTS[mode], **(given if a.mode != "all" else {}), **settings}))
-        table(rows)
-        everything = save(rows, a.out)
-        picture(everything, a.plot)
+        rows = MODES[mode](changed(a, **{**DEFAULTS[mode], **(given if a.mode != "all" else {}), **settings}))
+        results.table(rows)
+        results.picture(results.save(rows, a.out), a.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where bench.py measures: fresh processes that take turns, and made pictures and captions for them to train on."""
+"""Where bench.py measures: fresh processes that take turns, made pictures and captions, the trainers of both sides, and a profile."""
 
 import contextlib
 import math
@@ -11,13 +11,20 @@ import traceback
 from io import BytesIO
 from itertools import cycle, islice
 
+import train                    # before torch, because it says how torch's threads are to wait
 import torch
+from torch.autograd import DeviceType
 from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
+import config as configs
 import data
 import dist
+import model as models
+import optim
+import peer
 from config import ConfigError
+from loss import ContrastiveLoss
 
 SPAWN = multiprocessing.get_context("spawn")
 CAPTIONS = 17                   # tokens at the median, as in CC3M, with begin and end
@@ -55,6 +62,7 @@ class Worker:
 
 
 def serve(pipe, function, args):
+    multiprocessing.set_start_method(None, force=True)      # what is spawned would spawn too; loaders expect the system's usual way
     steps = function(*args)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
@@ -153,8 +161,9 @@ def make_shards(folder, size, count, shards=4):
             for i in range(shard, count, shards):
                 shape = (size, size * 4 // 3) if i % 8 < 5 else (size * 4 // 3, size)
                 caption = " ".join(islice(cycle(words), i % len(words), i % len(words) + lengths[i] - 2))
-                for name, content in ((f"{i:06d}.jpg", encode_jpeg(photo(*shape, generator), 90).numpy().tobytes()), (f"{i:06d}.txt", caption.encode())):
-                    member = tarfile.TarInfo(name)
+                jpeg = encode_jpeg(photo(*shape, generator), 90).numpy().tobytes()
+                for extension, content in (("jpg", jpeg), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{i:06d}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, BytesIO(content))
     return os.path.join(folder, "{%05d..%05d}.tar" % (0, shards - 1))
@@ -172,3 +181,93 @@ def made_batches(image_size, context_length, batch, count=4):
         images = torch.stack([photo(image_size, image_size, generator) for _ in range(batch)])
         batches.append(data.Batch(images, tokens, length, torch.randint(4096, (batch,), generator=generator), {}))
     return batches
+
+
+# ---- the trainers ----
+
+class Ours:
+    """train.train_step, set up as train.main does, on data.Batches from an endless iterator."""
+
+    def __init__(self, a, batches, algorithm="fastclip-v3", grad_wire="fp32", compiled=False):
+        self.c = c = configs.Config(model=a.model, algorithm=algorithm, batch_size=a.batch * dist.world_size(), precision=a.precision,
+                                    grad_wire=grad_wire, warmup_steps=100, lr=1e-4, **a.numbers)
+        torch.manual_seed(0)
+        self.device, self.batches, self.steps = device_of(a), batches, 0
+        self.model = models.create(c.model, c.tau_init, **c.model_numbers()).to(self.device).train()
+        dtype = dist.precision(c.precision, self.device)
+        if models.is_resnet(self.model):
+            self.model.to(memory_format=torch.channels_last)
+        dist.broadcast_weights(self.model)
+        self.optimizer = optim.create(self.model, c)
+        self.loss = ContrastiveLoss(algorithm, 4096, device=self.device, tile=c.loss_tile)
+        if compiled:
+            self.model.compile_blocks()
+        self.reducer = dist.GradReducer([p for p in self.model.parameters() if p is not self.model.logit_scale], c.bucket_mb,
+                                        torch.bfloat16 if grad_wire == "bf16" else torch.float32)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.autocast = dist.autocast(dtype, self.device)
+
+    def run(self, steps):
+        for batch in islice(self.batches, steps):
+            images, tokens = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.tokens))
+            out, _ = train.train_step(batch._replace(images=images, tokens=tokens), self.model, self.loss, self.optimizer, self.reducer,
+                                      self.scaler, self.autocast, self.c, self.steps, 1000, 10_000)
+            self.steps += 1
+        return out.objective.item()
+
+
+def theirs(a, batches, **options):
+    return peer.Trainer(a.model, a.numbers, a.batch, a.precision, device_of(a), batches, **options)
+
+
+def device_of(a):
+    return torch.device("cuda", torch.cuda.current_device()) if a.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def shape_of(a):
+    """-> (image size, context length, d, parameters in all, FLOPs forward of an image and of a token)."""
+    with torch.device("meta"):
+        model = models.create(a.model, **a.numbers)
+    flops = models.forward_flops(model, model.context_length)
+    return (model.image_size, model.context_length, model.embed_dim, models.num_parameters(model)["total"], flops["image"],
+            flops["text"] / model.context_length)
+
+
+# ---- a profile, taken apart ----
+
+def parts_of(events, seconds, on_gpu):
+    """A profile of one step -> {part: seconds}. Busy: when an operator (GPU: a kernel) runs that is not a collective; communication counts from
+    a collective's start to its end, so with the wait for the slowest rank; hidden is what of it lies within busy time, exposed the rest."""
+    spans = lambda wanted: union((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events if wanted(e))
+    here = lambda e: (e.device_type == DeviceType.CUDA) == on_gpu
+    kernel = lambda e: here(e) and not e.is_user_annotation
+    collective = lambda e: kernel(e) and "nccl" in e.name.lower() if on_gpu else e.name.startswith("gloo:")
+    threads = {e.thread for e in events if collective(e)}           # gloo's own: what runs there is part of the collective
+    comm = spans(collective)
+    busy = spans(lambda e: not collective(e) and (kernel(e) if on_gpu else e.name.startswith("aten::") and e.thread not in threads))
+    optimizer = spans(lambda e: here(e) and e.name.startswith("Optimizer.step"))
+    waiting = spans(lambda e: e.name.startswith("enumerate(DataLoader)"))
+    parts = {"compute": length(without(busy, optimizer)), "optimizer": length(busy) - length(without(busy, optimizer)),
+             "exposed": length(without(comm, busy)), "data": length(without(without(waiting, busy), comm))}
+    return {**parts, "other": seconds - sum(parts.values()), "hidden": length(comm) - parts["exposed"]}
+
+
+def union(spans):
+    out = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(end, out[-1][1])
+        else:
+            out.append((start, end))
+    return out
+
+
+def without(spans, others):
+    """What of the spans lies in none of the others; both are unions."""
+    for a, b in others:
+        spans = [(s, e) for start, end in spans for s, e in ((start, min(end, a)), (max(start, b), end)) if s < e]
+    return spans
+
+
+def length(spans):
+    return sum(end - start for start, end in spans)

@@ -7,9 +7,11 @@ what they send, by the rules of dist.traffic (ring algorithms, bytes that one ra
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import types
 from collections import Counter
+from functools import partial
 from itertools import islice
 
 import torch
@@ -163,5 +165,8 @@ def pipeline(shards, num_samples, batch, image_size, context_length, workers):
                                  batch_size=batch, workers=workers, world_size=dist.world_size(), seed=0)
     tokenizer = load().SimpleTokenizer(context_length=context_length)
     transform = load().image_transform(image_size, is_train=True)
-    loader = load("open_clip_train.data").get_wds_dataset(args, transform, True, tokenizer=tokenizer).dataloader
+    source = load("open_clip_train.data")
+    if "eof_value" in inspect.signature(source.tar_file_expander).parameters:   # webdataset 1.0 marks where a shard ends, which open_clip
+        source.tar_file_expander = partial(source.tar_file_expander, eof_value=None)    # 3.3 takes for a file and fails
+    loader = source.get_wds_dataset(args, transform, True, tokenizer=tokenizer).dataloader
     return loader, loader.num_batches
