@@ -28,7 +28,6 @@ from itertools import cycle
 
 import lab                      # first, because it imports train, which says how torch's threads are to wait
 import torch
-from tqdm import tqdm
 
 import config as configs
 import data
@@ -209,27 +208,30 @@ def wire(a):
 
 # ---- breakdown ----
 
-def breakdown_rank(a, shards, side, grad_wire):
-    """-> for each round {part of a step: seconds}, from what torch's profiler saw."""
-    device = dist.init(a.device)
+def breakdown_rank(a, shards, sides):
+    """-> for each side, for each round, {part of a step: seconds}, from what torch's profiler saw."""
+    device, rounds = dist.init(a.device), {side: [] for side in sides}
     image_size, context_length, *_ = lab.shape_of(a)
-    if side == "open_clip":
-        loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, 1)
-        trainer = lab.theirs(a, iter(loader))
-    else:
-        order = data.Order(load_index(shards), a.batch * dist.world_size())
-        trainer = lab.Ours(a, iter(data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=1,
-                                           device=device, num_steps=10 ** 6)), side, grad_wire)
-    trainer.run(2)
-    rounds = []
-    for _ in range(a.rounds):
-        dist.barrier()
-        with torch.profiler.profile() as profile:
-            start = time.perf_counter()
-            trainer.run(1)
-            watch.synchronize(device)
-            seconds = time.perf_counter() - start
-        rounds.append(lab.parts_of(profile.events(), seconds, device.type == "cuda"))
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    for side, grad_wire in sides:
+        if side == "open_clip":
+            loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, 1)
+            trainer = lab.theirs(a, iter(loader))
+        else:
+            order = data.Order(load_index(shards), a.batch * dist.world_size())
+            loader = data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=1, device=device,
+                                 num_steps=10 ** 6)
+            trainer = lab.Ours(a, iter(loader), side, grad_wire)
+        trainer.run(2)
+        for _ in range(a.rounds):
+            dist.barrier()
+            with torch.profiler.profile(activities=activities) as profile:
+                start = time.perf_counter()
+                trainer.run(1)
+                watch.synchronize(device)
+                seconds = time.perf_counter() - start
+            rounds[side, grad_wire].append(lab.parts_of(profile.events(), seconds, device.type == "cuda"))
+        loader = trainer = None                 # and with them their data workers
     yield rounds
 
 
@@ -239,8 +241,7 @@ def breakdown(a):
         shards = a.shards or lab.make_shards(folder, a.size, 128)
         load_index(shards)
         sides = [("openclip", "fp32"), ("fastclip-v1", "fp32"), ("fastclip-v3", "fp32"), ("fastclip-v3", "bf16"), ("open_clip", "fp32")]
-        for side, grad_wire in tqdm(sides, desc="breakdown", leave=False):
-            rounds = lab.on_ranks(a.ranks, breakdown_rank, a, shards, side, grad_wire)[0]
+        for (side, grad_wire), rounds in lab.on_ranks(a.ranks, breakdown_rank, a, shards, sides, label="breakdown")[0].items():
             parts = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
             settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, **a.numbers)
             rows.append(row("breakdown", side, settings, "ms", [1000 * sum(v for name, v in r.items() if name != "hidden") for r in rounds],
@@ -271,8 +272,8 @@ def plan_rank(a):
     batches = lab.made_batches(image_size, context_length, a.batch)
     trainer = lab.Ours(a, cycle(batches), a.algorithm, a.grad_wire)
     with_others = timed(lambda: trainer.run(1), a.rounds)
-    buckets, size = len(trainer.reducer.buckets), dist.world_size
-    trainer.reducer.buckets, dist.world_size = [], lambda: 1          # from here on as if alone
+    buckets = len(trainer.reducer.buckets)
+    dist.rank, dist.world_size = lambda: 0, lambda: 1                   # from here on each as if alone
     trainer = lab.Ours(a, cycle(batches), a.algorithm)
     alone = []
     for _ in range(a.rounds + 1):
@@ -280,7 +281,6 @@ def plan_rank(a):
         start = time.perf_counter()
         trainer.run(1)
         alone.append(time.perf_counter() - start)
-    dist.world_size = size
     yield small, large, statistics.median(alone[1:]), with_others, buckets
 
 

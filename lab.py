@@ -111,7 +111,7 @@ def on_ranks(ranks, function, *args, label=""):
 
 def as_rank(rank, ranks, port, function, args):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+                      MASTER_PORT=str(port), KINETO_LOG_LEVEL="5")
     torch.set_num_threads(max(1, cores() // ranks))
     yield from function(*args)
 

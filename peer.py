@@ -29,7 +29,7 @@ NUMBERS = {"embed_dim": ("", "embed_dim"), "image_size": ("vision_cfg", "image_s
 def load(module="open_clip"):
     """Import a module of open_clip's package, or ConfigError with the remedy."""
     try:
-        if module == "open_clip_train.data" and importlib.util.find_spec("pandas") is None:
+        if module == "open_clip_train.data" and "pandas" not in sys.modules and importlib.util.find_spec("pandas") is None:
             sys.modules["pandas"] = types.ModuleType("pandas")   # it reads CSV files with it, which is not done here
         return importlib.import_module(module)
     except ImportError as error:
