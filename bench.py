@@ -58,10 +58,10 @@ def step_worker(a, side):
     yield
     while True:
         rate = watch.peak_flops(dist.precision(a.precision, device), device)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         trainer.run(steps)
         watch.synchronize(device)
-        yield (time.perf_counter() - start) / steps, lab.memory(device), rate
+        yield (time.perf_counter() - start) / steps, lab.memory(device), rate, (time.process_time() - cpu) / steps
 
 
 def step(a):
@@ -69,12 +69,12 @@ def step(a):
     answers = lab.take_turns({side: lab.Worker(step_worker, a, side) for side in sides}, [None] * a.rounds, f"step {a.model}")
     image_flops, token_flops = lab.shape_of(a)[4:]
     work = 3 * (image_flops + token_flops * lab.caption_lengths(4 * a.batch).float().mean().item())      # of a pair
-    rate = max(rate for rows in answers.values() for _, _, rate in rows)
+    rate = max(rate for rows in answers.values() for _, _, rate, _ in rows)
     settings, rows = dict(model=a.model, batch=a.batch, precision=a.precision, **a.numbers), []
     for side, values in answers.items():
         speeds = [a.batch / seconds for seconds, *_ in values]
-        rows.append(row("step", side, settings, "samples/s", speeds, peak_bytes=max(m for _, m, _ in values), matmul_flops=rate,
-                        mfu=statistics.median(speeds) * work / rate, algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
+        rows.append(row("step", side, settings, "samples/s", speeds, peak_bytes=max(m for _, m, *_ in values), matmul_flops=rate,
+                        cpu_seconds=[cpu for *_, cpu in values], mfu=statistics.median(speeds) * work / rate, algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
     return beside(rows)
 
 
@@ -92,13 +92,13 @@ def loader_worker(a, side, shards, count):
             batches = data.Loader(data.Order(index, a.batch), 224, workers=a.workers, num_steps=count // a.batch)
         else:
             batches, _ = peer.pipeline(shards, count // a.batch * a.batch, a.batch, 224, 77, a.workers)
-        start, images = time.perf_counter(), 0
+        start, cpu, images = time.perf_counter(), time.process_time(), 0
         for i, batch in enumerate(batches):
             images += len(batch[0])
             if i == 0 and a.workers:                # until then they were starting
                 start, images = time.perf_counter(), 0
-        seconds, batches = time.perf_counter() - start, None
-        yield images / seconds
+        seconds, batches = time.perf_counter() - start, None            # and with them their workers
+        yield images / seconds, (time.process_time() - cpu) / images
 
 
 def loader(a):
@@ -110,7 +110,8 @@ def loader(a):
         sides = {side: lab.Worker(loader_worker, a, side, shards, count) for side in ("ours", "open_clip")}
         answers = lab.take_turns(sides, [None] * a.rounds, f"loader {source}")
     settings = dict(source=source, batch=a.batch, workers=a.workers, cores=1 if not a.workers else lab.cores())
-    return beside([row("loader", side, settings, "images/s", speeds, kilobytes_per_sample=kilobytes) for side, speeds in answers.items()])
+    return beside([row("loader", side, settings, "images/s", [speed for speed, _ in values], kilobytes_per_sample=kilobytes,
+                       **({} if a.workers else {"cpu_seconds": [cpu for _, cpu in values]})) for side, values in answers.items()])
 
 
 # ---- loss ----

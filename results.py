@@ -21,11 +21,14 @@ def row(mode, side, settings, unit, values, **more):
 
 
 def beside(rows):
-    """Add to each of ours its ratio with open_clip's, round by round, compiled with compiled."""
+    """Add to each row its ratio with open_clip's, round by round, compiled with compiled. Where there are others at work on the machine, the
+    ratio of the CPU time (all threads, what they spin included) is the steadier one."""
     theirs = {r["side"]: r for r in rows}
     for r in rows:
         other = theirs[r["side"].replace("ours", "open_clip")]
         r["ratio"] = statistics.median(x / y for x, y in zip(r["all"], other["all"]))
+        if "cpu_seconds" in r:
+            r["cpu_ratio"] = statistics.median(y / x for x, y in zip(r["cpu_seconds"], other["cpu_seconds"]))
     return rows
 
 
@@ -61,8 +64,9 @@ def save(rows, out):
     return document["rows"]
 
 
-SHOWN = {"ratio": "{:.2f} x", "mfu": "MFU {:.0%}", "share": "{:.3f} of open_clip's", "share_at_8_ranks": "{:.3f} at 8 ranks", 
-         "equal": "formula: {}", "share_of_step": "{:.2%} of a step", "hidden_share": "{:.0%} of communication hidden", 
+SHOWN = {"ratio": "{:.2f} x", "cpu_ratio": "{:.2f} x in CPU time", "mfu": "MFU {:.0%}",
+         "share": "{:.3f} of open_clip's", "share_at_8_ranks": "{:.3f} at 8 ranks",
+         "equal": "formula: {}", "share_of_step": "{:.2%} of a step", "hidden_share": "{:.0%} of communication hidden",
          "predicted_ms": "predicted {:.0f} ms", "error": "{:+.0%}", "efficiency": "efficiency {:.0%}"}
 
 
