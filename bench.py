@@ -74,7 +74,8 @@ def step(a):
     for side, values in answers.items():
         speeds = [a.batch / seconds for seconds, *_ in values]
         rows.append(row("step", side, settings, "samples/s", speeds, peak_bytes=max(m for _, m, *_ in values), matmul_flops=rate,
-                        cpu_seconds=[cpu for *_, cpu in values], mfu=statistics.median(speeds) * work / rate, algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
+                        cpu_seconds=[cpu for *_, cpu in values], mfu=statistics.median(speeds) * work / rate,
+                        algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
     return beside(rows)
 
 
@@ -139,7 +140,7 @@ def loss_worker(a, side, d):
             once()
             watch.synchronize(device)
             times += 1
-        request = yield (time.perf_counter() - start) / times, lab.memory(device) - before
+        request = yield (time.perf_counter() - start) / times, max(0, lab.memory(device) - before)
 
 
 def loss(a):
@@ -209,6 +210,9 @@ def wire(a):
 
 # ---- breakdown ----
 
+DIVIDED = [("openclip", "fp32"), ("fastclip-v1", "fp32"), ("fastclip-v3", "fp32"), ("fastclip-v3", "bf16"), ("open_clip", "fp32")]
+
+
 def breakdown_rank(a, shards, sides):
     """-> for each side, for each round, {part of a step: seconds}, from what torch's profiler saw."""
     device, rounds = dist.init(a.device), {side: [] for side in sides}
@@ -241,8 +245,7 @@ def breakdown(a):
     with tempfile.TemporaryDirectory() as folder:
         shards = a.shards or lab.make_shards(folder, a.size, 128)
         load_index(shards)
-        sides = [("openclip", "fp32"), ("fastclip-v1", "fp32"), ("fastclip-v3", "fp32"), ("fastclip-v3", "bf16"), ("open_clip", "fp32")]
-        for (side, grad_wire), rounds in lab.on_ranks(a.ranks, breakdown_rank, a, shards, sides, label="breakdown")[0].items():
+        for (side, grad_wire), rounds in lab.on_ranks(a.ranks, breakdown_rank, a, shards, DIVIDED, label="breakdown")[0].items():
             parts = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
             settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, **a.numbers)
             rows.append(row("breakdown", side, settings, "ms", [1000 * sum(v for name, v in r.items() if name != "hidden") for r in rounds],

@@ -5,17 +5,49 @@ import statistics
 
 import pytest
 import torch
+import torch.distributed.nn
 
 import bench
+import dist
 import lab
-import plan
 import peer
+import plan
 import results
 from config import ConfigError
 
 pytest.importorskip("open_clip")
 TOY = ("--numbers=image_size=32,patch_size=16,vision_layers=1,vision_width=64,text_width=64,text_heads=1,text_layers=1,embed_dim=32,context_length=40",
        "--rounds=1", "--device=cpu")
+
+
+REAL = {name: getattr(dist, name) for name in ("world_size", "all_gather", "all_reduce")}
+
+
+class Here:
+    """lab.Worker without a process: importing torch once is enough for most of these tests."""
+    def __init__(self, function, *args):
+        self.steps = function(*args)
+
+    def ask(self, request=None):
+        self.value = self.steps.send(request)
+
+    def answer(self):
+        return self.value
+
+    def close(self):
+        self.steps.close()
+        for name, function in REAL.items():             # a worker may change them: it would have had the process to itself
+            setattr(dist, name, function)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(torch.distributed.nn, "all_gather", torch.distributed.nn.all_gather)      # will be changed, and so changed back
+    monkeypatch.setattr(lab, "Worker", Here)
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(tmp_path, *words):
@@ -30,21 +62,22 @@ def run(tmp_path, *words):
     return document["rows"]
 
 
-def test_step(tmp_path):
+def test_step(tmp_path, here):
     ours, theirs = run(tmp_path, "step", "--batch=4")
     assert (ours["side"], theirs["side"]) == ("ours", "open_clip") and theirs["ratio"] == 1
     assert ours["ratio"] == pytest.approx(ours["median"] / theirs["median"])
     assert all(1e8 < row["peak_bytes"] < 1e10 and 0 < row["mfu"] < 1 for row in (ours, theirs))
+    assert ours["cpu_ratio"] > 0 and len(ours["cpu_seconds"]) == 1
     again = results.save([ours], str(tmp_path / "b.json"))
     assert len(again) == 2                                                  # in the old one's place
 
 
-def test_loader(tmp_path):
+def test_loader(tmp_path, here):
     ours, theirs = run(tmp_path, "loader", "--images=24", "--batch=8", "--size=48")
     assert ours["settings"]["cores"] == 1 and 0 < ours["ratio"] and theirs["kilobytes_per_sample"] > 1
 
 
-def test_loss(tmp_path):
+def test_loss(tmp_path, here):
     rows = run(tmp_path, "loss", "--batch=16", "--global_batch=64", "--tile=16", "--step_batch=2", "--model=ViT-B-32")
     assert {row["side"] for row in rows} == {"ours", "ours, loss_tile=16", "open_clip"} and len(rows) == 3 * 7
     assert rows[0]["share_of_step"] > 0 and all(row["peak_bytes"] >= 0 for row in rows)
@@ -67,7 +100,8 @@ def test_with_bf16_gradients_a_step_sends_little_more_than_half(name, d, paramet
     assert ours <= 0.55 * theirs
 
 
-def test_breakdown(tmp_path):
+def test_breakdown(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "DIVIDED", [("fastclip-v3", "bf16"), ("open_clip", "fp32")])
     rows = run(tmp_path, "breakdown", "--batch=4", "--size=48")
     for row in rows:
         assert row["parts_ms"].keys() == {"compute", "optimizer", "exposed", "data", "other", "hidden"}
