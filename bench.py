@@ -18,6 +18,7 @@ Rows {mode, side, settings, unit, median, all, ...} are merged into --out, and a
 """
 
 import argparse
+import gc
 import math
 import os
 import statistics
@@ -180,6 +181,7 @@ def wire_rank(a, sides):
         trainer.run(1)
         sent.append(({k: v for k, v in traffic.items() if v}, getattr(trainer, "buffer_bytes", 0)))
         trainer = None
+        gc.collect()                            # parameters and the hooks on them hold each other
     yield sent
 
 
@@ -237,6 +239,7 @@ def breakdown_rank(a, shards, sides):
                 seconds = time.perf_counter() - start
             rounds[side, grad_wire].append(lab.parts_of(profile.events(), seconds, device.type == "cuda"))
         loader = trainer = None                 # and with them their data workers
+        gc.collect()
     yield rounds
 
 
