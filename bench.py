@@ -37,7 +37,6 @@ import peer
 import plan
 import results
 import watch
-from config import ConfigError
 from loss import ALGORITHMS, ContrastiveLoss
 from results import beside, row
 from shards import load_index
@@ -135,13 +134,16 @@ def loss_worker(a, side, d):
             loss, ids = ContrastiveLoss("fastclip-v3", b, device=device, tile=a.tile if "tile" in side else 0), torch.arange(b)
             once = lambda: loss(*features, logit_scale, loss.lookup(ids), 0.5)
         once()
-        lab.forget_peak(device)
-        before, start, times = lab.memory(device, "VmRSS"), time.perf_counter(), 0
+        start, times = time.perf_counter(), 0
         while times < 1 or (times < 20 and time.perf_counter() - start < 0.5):
             once()
             watch.synchronize(device)
             times += 1
-        request = yield (time.perf_counter() - start) / times, max(0, lab.memory(device) - before)
+        seconds = (time.perf_counter() - start) / times
+        lab.forget_peak(device)
+        before = lab.memory(device, "VmRSS")
+        once()
+        request = yield seconds, max(0, lab.memory(device) - before)
 
 
 def loss(a):
@@ -384,8 +386,6 @@ def changed(a, **settings):
 def main(argv):
     a = parse(argv)
     peer.load()
-    if a.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda', but torch sees no GPU here; use --device=cpu")
     given = {name: value for name, value in vars(a).items() if value is not None}
     for mode, settings in EVERYTHING if a.mode == "all" else [(a.mode, {})]:
         rows = MODES[mode](changed(a, **{**DEFAULTS[mode], **(given if a.mode != "all" else {}), **settings}))
