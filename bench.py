@@ -1,0 +1,397 @@
+"""How fast, how large, how much is sent: ours beside open_clip from PyPI (peer.py), in one run. One command, one table.
+
+    python bench.py step --model ViT-B-32 --batch 32      samples/s, peak memory, MFU of training steps
+    python bench.py loader [SHARDS] --size 256            images/s from tar to ready batch, on one core, or with --workers=2
+    python bench.py loss                                  time and peak memory of the loss against b and B
+    python bench.py wire                                  bytes per step by purpose, counted, for every algorithm
+    python bench.py breakdown                             where a step's time goes, on --ranks processes
+    python bench.py plan                                  a step predicted, checked against a real run, projected over nodes
+    python bench.py all                                   all of it, for the README (half an hour on two cores)
+
+Each side has a fresh process of its own, in which its memory is measured (on a GPU the allocator's peak, on a CPU the most that was
+resident), and the sides take turns, so that what else the machine does meets both: `ratio` is the median over the rounds of the ratio
+within a round. Both train float32 (or --precision) on the same smooth-noise pictures and the same captions, 17 tokens of 77 at the
+median, through their own training function. open_clip gets float pixels, normalised; ours bytes, normalised in the step. MFU is
+useful work, without padding, over the rate of a matrix product measured in the same rounds.
+
+Rows {mode, side, settings, unit, median, all, ...} are merged into --out, and all rows there are drawn into --plot.
+"""
+
+import argparse
+import gc
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from itertools import cycle
+
+import lab                      # first, because it imports train, which says how torch's threads are to wait
+import torch
+
+import config as configs
+import data
+import dist
+import peer
+import plan
+import results
+import watch
+from loss import ALGORITHMS, ContrastiveLoss
+from results import beside, row
+from shards import load_index
+
+
+# ---- step ----
+
+def step_worker(a, side):
+    device = dist.init(a.device)
+    image_size, context_length, *_ = lab.shape_of(a)
+    batches, compiled = lab.made_batches(image_size, context_length, a.batch), side.endswith("compiled")
+    if side.startswith("open_clip"):
+        trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), compiled=compiled)
+    else:
+        trainer = lab.Ours(a, cycle(batches), a.algorithm, compiled=compiled)
+    steps = a.steps or (20 if device.type == "cuda" else 1)
+    trainer.run(2 * len(batches) if compiled or device.type == "cuda" else 1)
+    lab.forget_peak(device)
+    yield
+    while True:
+        rate = watch.peak_flops(dist.precision(a.precision, device), device)
+        start, cpu = time.perf_counter(), time.process_time()
+        trainer.run(steps)
+        watch.synchronize(device)
+        yield (time.perf_counter() - start) / steps, lab.memory(device), rate, (time.process_time() - cpu) / steps
+
+
+def step(a):
+    sides = [side + compiled for compiled in ["", " compiled"][:1 + a.compiled] for side in ("ours", "open_clip")]
+    answers = lab.take_turns({side: lab.Worker(step_worker, a, side) for side in sides}, [None] * a.rounds, f"step {a.model}")
+    image_flops, token_flops = lab.shape_of(a)[4:]
+    work = 3 * (image_flops + token_flops * lab.caption_lengths(4 * a.batch).float().mean().item())      # of a pair
+    rate = max(rate for rows in answers.values() for _, _, rate, _ in rows)
+    settings, rows = dict(model=a.model, batch=a.batch, precision=a.precision, **a.numbers), []
+    for side, values in answers.items():
+        speeds = [a.batch / seconds for seconds, *_ in values]
+        rows.append(row("step", side, settings, "samples/s", speeds, peak_bytes=max(m for _, m, *_ in values), matmul_flops=rate,
+                        cpu_seconds=[cpu for *_, cpu in values], mfu=statistics.median(speeds) * work / rate,
+                        algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
+    return beside(rows)
+
+
+# ---- loader ----
+
+def loader_worker(a, side, shards, count):
+    if not a.workers:                               # one core, the same one for both
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    index = load_index(shards)
+    yield
+    while True:
+        if side == "ours":
+            batches = data.Loader(data.Order(index, a.batch), 224, workers=a.workers, num_steps=count // a.batch)
+        else:
+            batches, _ = peer.pipeline(shards, count // a.batch * a.batch, a.batch, 224, 77, a.workers)
+        start, cpu, images = time.perf_counter(), time.process_time(), 0
+        for i, batch in enumerate(batches):
+            images += len(batch[0])
+            if i == 0 and a.workers:                # until then they were starting
+                start, images = time.perf_counter(), 0
+        seconds, batches = time.perf_counter() - start, None            # and with them their workers
+        yield images / seconds, (time.process_time() - cpu) / images
+
+
+def loader(a):
+    with tempfile.TemporaryDirectory() as folder:
+        shards = a.shards or lab.make_shards(folder, a.size, a.images)
+        index, source = load_index(shards), f"JPEG {a.size} px" if not a.shards else "given"
+        count = min(index.num_samples, a.images)
+        kilobytes = sum(os.path.getsize(s) for s in index.shards if os.path.exists(s)) / index.num_samples / 1e3
+        sides = {side: lab.Worker(loader_worker, a, side, shards, count) for side in ("ours", "open_clip")}
+        answers = lab.take_turns(sides, [None] * a.rounds, f"loader {source}")
+    settings = dict(source=source, batch=a.batch, workers=a.workers, cores=1 if not a.workers else lab.cores())
+    return beside([row("loader", side, settings, "images/s", [speed for speed, _ in values], kilobytes_per_sample=kilobytes,
+                       **({} if a.workers else {"cpu_seconds": [cpu for _, cpu in values]})) for side, values in answers.items()])
+
+
+# ---- loss ----
+
+def loss_worker(a, side, d):
+    """Rank 0 of B/b, alone: what it gathers are copies of its own, nothing is sent. Asked for (b, B) -> (seconds, peak bytes)."""
+    device = dist.init(a.device)
+    ranks = 1
+    dist.world_size, dist.all_gather = lambda: ranks, lambda x, purpose: x.repeat(ranks, *[1] * (x.ndim - 1))
+    dist.all_reduce = lambda x, purpose: dist.Done()
+    request = yield
+    while True:
+        b, B = request
+        ranks, logit_scale = B // b, torch.tensor(math.log(1 / 0.07), device=device)
+        features = [torch.nn.functional.normalize(torch.randn(b, d, device=device), dim=1) for _ in range(2)]
+        if side == "open_clip":
+            once = lambda loss=peer.loss_as_one_of(ranks): loss(*features, logit_scale)
+        else:
+            loss, ids = ContrastiveLoss("fastclip-v3", b, device=device, tile=a.tile if "tile" in side else 0), torch.arange(b)
+            once = lambda: loss(*features, logit_scale, loss.lookup(ids), 0.5)
+        once()
+        start, times = time.perf_counter(), 0
+        while times < 1 or (times < 20 and time.perf_counter() - start < 0.5):
+            once()
+            watch.synchronize(device)
+            times += 1
+        seconds = (time.perf_counter() - start) / times
+        lab.forget_peak(device)
+        before = lab.memory(device, "VmRSS")
+        once()
+        request = yield seconds, max(0, lab.memory(device) - before)
+
+
+def loss(a):
+    b, B = a.batch, a.global_batch
+    pairs = [(b, B)] + [(min(b, 128), B // 4 * 2 ** i) for i in range(4)] + [(b // 2 ** i, B) for i in (1, 2)]
+    d, rows = lab.shape_of(a)[2], []
+    sides = ("ours", f"ours, loss_tile={a.tile}", "open_clip")
+    answers = lab.take_turns({side: lab.Worker(loss_worker, a, side, d) for side in sides}, pairs * a.rounds, "loss")
+    a = changed(a, batch=a.step_batch)
+    whole = lab.take_turns({"ours": lab.Worker(step_worker, a, "ours")}, [None] * min(3, a.rounds), f"step {a.model}")["ours"]
+    whole = statistics.median(seconds for seconds, *_ in whole) / a.step_batch * b
+    for i, (b, B) in enumerate(pairs):
+        for side in sides:
+            values = answers[side][i::len(pairs)]
+            rows.append(row("loss", side, dict(b=b, B=B, d=d), "ms", [1000 * s for s, _ in values], gathered_bytes=2 * B * d * 4,
+                            peak_bytes=statistics.median(m for _, m in values)))
+            if i == 0:
+                rows[-1].update(share_of_step=rows[-1]["median"] / 1000 / whole, step=f"{a.model}, {b} samples as fast as {a.step_batch}")
+    return rows
+
+
+# ---- wire ----
+
+def wire_rank(a, sides):
+    """-> for each side ({purpose: bytes that this rank sends in one step}, bytes of buffers); the second step, as the first sets things up."""
+    dist.init(a.device)
+    image_size, context_length, *_ = lab.shape_of(a)
+    batches, sent = lab.made_batches(image_size, context_length, a.batch, count=1), []
+    for side, grad_wire in sides:
+        if side == "open_clip":
+            trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), count=True)
+        else:
+            trainer = lab.Ours(a, cycle(batches), side, grad_wire)
+        traffic = trainer.traffic if side == "open_clip" else dist.traffic
+        trainer.run(1)
+        traffic.clear()
+        trainer.run(1)
+        sent.append(({k: v for k, v in traffic.items() if v}, getattr(trainer, "buffer_bytes", 0)))
+        trainer = None
+        gc.collect()                            # parameters and the hooks on them hold each other
+    yield sent
+
+
+def wire(a):
+    *_, d, parameters, _, _ = lab.shape_of(a)
+    sides = [("open_clip", "fp32"), *((name, "fp32") for name in ALGORITHMS), ("fastclip-v3", "bf16")]
+    ranks, rows, usual = lab.on_ranks(a.ranks, wire_rank, a, sides, label="wire"), [], a.global_batch // 8
+    for (side, grad_wire), counts in zip(sides, zip(*ranks)):
+        sent, buffers = counts[0]
+        width, state = 2 if grad_wire == "bf16" else 4, ALGORITHMS.get(side)
+
+        def formula(k, b):
+            if side == "open_clip":
+                parts = peer.formula(b, d, parameters, buffers)
+            else:                               # every rank knows tau's gradient: it is not sent
+                parts = plan.traffic(b * k, d, 2 * state.state + 7 * (state.tau == "sample"), (parameters - 1) * width)
+            return {name: count(k) for name, count in parts.items() if count(k)}
+        expected, large = formula(a.ranks, a.batch), formula(8, usual)
+        # A bucket's share is rounded down to a byte, in the formula only their sum's is.
+        equal = sent.keys() == expected.keys() and all(0 <= expected[name] - sent[name] < 100 for name in expected)
+        settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, grad_wire=grad_wire, **a.numbers)
+        rows.append(row("wire", side, settings, "bytes", [sum(c.values()) for c, _ in counts], counted=sent, formula=expected, equal=equal,
+                        at_8_ranks={"batch": usual, **large}))
+        rows[-1].update(share=rows[-1]["median"] / rows[0]["median"],
+                        share_at_8_ranks=sum(large.values()) / sum(v for name, v in rows[0]["at_8_ranks"].items() if name != "batch"))
+    return rows
+
+
+# ---- breakdown ----
+
+DIVIDED = [("openclip", "fp32"), ("fastclip-v1", "fp32"), ("fastclip-v3", "fp32"), ("fastclip-v3", "bf16"), ("open_clip", "fp32")]
+
+
+def breakdown_rank(a, shards, sides):
+    """-> for each side, for each round, {part of a step: seconds}, from what torch's profiler saw."""
+    device, rounds = dist.init(a.device), {side: [] for side in sides}
+    image_size, context_length, *_ = lab.shape_of(a)
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    for side, grad_wire in sides:
+        if side == "open_clip":
+            loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, 1)
+            trainer = lab.theirs(a, iter(loader))
+        else:
+            order = data.Order(load_index(shards), a.batch * dist.world_size())
+            loader = data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=1, device=device,
+                                 num_steps=10 ** 6)
+            trainer = lab.Ours(a, iter(loader), side, grad_wire)
+        trainer.run(2)
+        for _ in range(a.rounds):
+            dist.barrier()
+            with torch.profiler.profile(activities=activities) as profile:
+                start = time.perf_counter()
+                trainer.run(1)
+                watch.synchronize(device)
+                seconds = time.perf_counter() - start
+            rounds[side, grad_wire].append(lab.parts_of(profile.events(), seconds, device.type == "cuda"))
+        loader = trainer = None                 # and with them their data workers
+        gc.collect()
+    yield rounds
+
+
+def breakdown(a):
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        shards = a.shards or lab.make_shards(folder, a.size, 128)
+        load_index(shards)
+        for (side, grad_wire), rounds in lab.on_ranks(a.ranks, breakdown_rank, a, shards, DIVIDED, label="breakdown")[0].items():
+            parts = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+            settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, **a.numbers)
+            rows.append(row("breakdown", side, settings, "ms", [1000 * sum(v for name, v in r.items() if name != "hidden") for r in rounds],
+                            parts_ms={name: 1000 * seconds for name, seconds in parts.items()},
+                            hidden_share=parts["hidden"] / (parts["hidden"] + parts["exposed"])))
+    return rows
+
+
+# ---- plan ----
+
+def plan_rank(a):
+    """-> (seconds of an all-reduce of 1 kB, of 64 MB; of a step that sends nothing, while the other ranks do theirs; of a step)."""
+    device = dist.init(a.device)
+    image_size, context_length, *_ = lab.shape_of(a)
+
+    def timed(function, times):
+        function()
+        seconds = []
+        for _ in range(times):
+            dist.barrier()
+            start = time.perf_counter()
+            function()
+            watch.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+    small, large = (timed(lambda x=torch.ones(size // 4, device=device): dist.all_reduce(x, "ping").wait(), times)
+                    for size, times in ((1000, 50), (int(64e6), 5)))
+    batches = lab.made_batches(image_size, context_length, a.batch)
+    trainer = lab.Ours(a, cycle(batches), a.algorithm, a.grad_wire)
+    with_others = timed(lambda: trainer.run(1), a.rounds)
+    buckets = len(trainer.reducer.buckets)
+    dist.rank, dist.world_size = lambda: 0, lambda: 1                   # from here on each as if alone
+    trainer = lab.Ours(a, cycle(batches), a.algorithm)
+    alone = []
+    for _ in range(a.rounds + 1):
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        trainer.run(1)
+        alone.append(time.perf_counter() - start)
+    yield small, large, statistics.median(alone[1:]), with_others, buckets
+
+
+def predicted(compute, traffic, ranks, buckets, alpha, bandwidth):
+    """Seconds of a step. A collective takes alpha per message of its ring, K-1 of an all-gather and 2(K-1) of an all-reduce, and its bytes'
+    time. Look-ups hide behind the forward pass. Gradients hide behind the backward pass, two thirds of `compute`, but for the last bucket."""
+    seconds = lambda name, messages: messages * (ranks - 1) * alpha + traffic[name] / bandwidth if name in traffic else 0.0
+    exposed = sum(seconds(name, 1) for name in ("features", "scalars", "feature gradients"))
+    gradients = seconds("gradients", 2 * buckets)
+    return compute + exposed + max(gradients / buckets, gradients - 2 / 3 * compute)
+
+
+def plan_mode(a):
+    rows, columns = [], 2 * ALGORITHMS[a.algorithm].state + 7 * (ALGORITHMS[a.algorithm].tau == "sample")
+    *_, d, parameters, _, _ = lab.shape_of(a)
+    for ranks in a.check_ranks:
+        measured = lab.on_ranks(ranks, plan_rank, a, label=f"plan, {ranks} ranks")
+        small, large, compute, real, buckets = map(statistics.median, zip(*measured))
+        alpha = small / (2 * (ranks - 1))
+        bandwidth = 2 * (ranks - 1) / ranks * 64e6 / (large - small)
+        traffic = plan.traffic(a.batch * ranks, d, columns, parameters * (2 if a.grad_wire == "bf16" else 4))
+        sent = {name: count(ranks) for name, count in traffic.items()}
+        guess = predicted(compute, sent, ranks, int(buckets), alpha, bandwidth)
+        settings = dict(model=a.model, batch=a.batch, algorithm=a.algorithm, grad_wire=a.grad_wire, **a.numbers)
+        rows.append(row("plan", f"{ranks} ranks here", settings, "ms", [1000 * real], predicted_ms=1000 * guess, error=guess / real - 1,
+                        compute_ms=1000 * compute, alpha_us=1e6 * alpha, bytes_per_second=bandwidth))
+    # Over nodes of 8, at links whose speed is given: one ring through all GPUs enters and leaves each node once.
+    a = changed(a, model=a.plan_model, numbers={})
+    _, length, d, parameters, image, token = lab.shape_of(a)
+    for nodes in (1, 2, 4, 8, 16, 32, 64):
+        ranks = 8 * nodes
+        b = a.global_batch // ranks
+        compute = 3 * b * (image + token * lab.CAPTIONS) / (1e12 * a.tflops)
+        for side, gradient, width in (("fastclip-v3", "fp32", 4), ("fastclip-v3", "bf16", 2), ("open_clip", "fp32", 4)):
+            parts = peer.formula(b, d, parameters, 0) if side == "open_clip" else plan.traffic(a.global_batch, d, 2, parameters * width)
+            sent = {name: count(ranks) for name, count in parts.items()}
+            for link in a.links:
+                seconds = predicted(compute, sent, ranks, math.ceil(parameters * 4 / 25e6), 1e-6 * a.alpha, link / 8 * 1e9)
+                settings = dict(model=a.model, B=a.global_batch, gpus=ranks, gbit=link, tflops=a.tflops, alpha_us=a.alpha)
+                rows.append(row("plan", f"{side} {gradient}", settings, "ms", [1000 * seconds], efficiency=compute / seconds, nodes=nodes))
+    return rows
+
+
+# ---- the command ----
+
+MODES = {"step": step, "loader": loader, "loss": loss, "wire": wire, "breakdown": breakdown, "plan": plan_mode}
+DEFAULTS = {"step": dict(model="ViT-B-32", batch=32), "loader": dict(batch=64), "loss": dict(model="ViT-B-16", batch=640),
+            "wire": dict(model="ViT-B-32", batch=4), "breakdown": dict(model="ViT-B-32", batch=8), "plan": dict(model="ViT-B-32", batch=8)}
+EVERYTHING = [("step", dict(model="ViT-B-32", batch=32)), ("step", dict(model="RN50", batch=16)), ("step", dict(model="ViT-B-16", batch=16)),
+              ("loader", dict(size=256)), ("loader", dict(size=512)), ("loader", dict(size=256, workers=2)), ("loss", {}), ("wire", {}),
+              ("breakdown", {}), ("plan", dict(numbers=dict(vision_layers=3, text_layers=3)))]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="bench.py", description="Ours beside open_clip: speed, memory, bytes.")
+    add = parser.add_argument
+    add("mode", choices=[*MODES, "all"])
+    add("shards", nargs="?", help="loader, breakdown: tar shards; without, they are made")
+    add("--model", help="step: ViT-B-32; loss (whose step it is a share of): ViT-B-16; wire, breakdown, plan: ViT-B-32")
+    add("--batch", type=int, help="samples of a rank in a step; loss: b")
+    add("--numbers", type=numbers, default={}, help="change the model: vision_layers=2,text_layers=2")
+    add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--algorithm", default="fastclip-v3", choices=list(ALGORITHMS))
+    add("--grad_wire", default="fp32", choices=["fp32", "bf16"], help="plan: the type in which gradients travel")
+    add("--compiled", action="store_true", help="step: both sides compiled, too")
+    add("--rounds", type=int, default=5)
+    add("--steps", type=int, default=0, help="step: steps in a turn; 0: 1, or 20 on a GPU")
+    add("--size", type=int, default=256, help="loader: shorter side of the pictures that are made, pixels")
+    add("--images", type=int, default=512, help="loader: images in a turn")
+    add("--workers", type=int, default=0, help="loader: 0 is one core and no other process")
+    add("--global_batch", type=int, default=5120, help="loss, wire, plan: B")
+    add("--tile", type=int, default=512, help="loss: loss_tile")
+    add("--step_batch", type=int, default=8, help="loss: batch of the step that is measured to compare with")
+    add("--ranks", type=int, default=2, help="wire, breakdown: processes on this machine")
+    add("--check_ranks", type=int, nargs="+", default=[2, 4], help="plan: numbers of processes for which it is checked here")
+    add("--plan_model", default="ViT-B-16", help="plan: what is projected over nodes")
+    add("--tflops", type=float, default=150.0, help="plan: what a GPU computes, useful work of this model")
+    add("--links", type=int, nargs="+", default=[100, 200, 400], help="plan: Gbit/s of a node")
+    add("--alpha", type=float, default=10.0, help="plan: latency of a message, microseconds")
+    add("--out", default="assets/bench_cpu.json")
+    add("--plot", default="assets/bench.png")
+    return parser.parse_args(argv)
+
+
+def numbers(text):
+    return {key: configs.typed(key, configs.parse(value)) for key, value in (word.split("=") for word in text.split(","))}
+
+
+def changed(a, **settings):
+    return argparse.Namespace(**{**vars(a), **settings})
+
+
+def main(argv):
+    a = parse(argv)
+    peer.load()
+    given = {name: value for name, value in vars(a).items() if value is not None}
+    for mode, settings in EVERYTHING if a.mode == "all" else [(a.mode, {})]:
+        rows = MODES[mode](changed(a, **{**DEFAULTS[mode], **(given if a.mode != "all" else {}), **settings}))
+        results.table(rows)
+        results.picture(results.save(rows, a.out), a.plot)
+
+
+if __name__ == "__main__":
+    configs.or_exit(main, sys.argv[1:])

@@ -1,0 +1,141 @@
+"""bench.py at toy size: every mode from the command line, what its rows promise, counted bytes equal to the formula, a profile's parts."""
+
+import json
+import statistics
+
+import pytest
+import torch
+import torch.distributed.nn
+
+import bench
+import dist
+import lab
+import peer
+import plan
+import results
+from config import ConfigError
+
+pytest.importorskip("open_clip")
+TOY = ("--numbers=image_size=32,patch_size=16,vision_layers=1,vision_width=64,text_width=64,text_heads=1,text_layers=1,embed_dim=32,context_length=40",
+       "--rounds=1", "--device=cpu")
+
+
+REAL = {name: getattr(dist, name) for name in ("world_size", "all_gather", "all_reduce")}
+
+
+class Here:
+    """lab.Worker without a process: importing torch once is enough for most of these tests."""
+    def __init__(self, function, *args):
+        self.steps = function(*args)
+
+    def ask(self, request=None):
+        self.value = self.steps.send(request)
+
+    def answer(self):
+        return self.value
+
+    def close(self):
+        self.steps.close()
+        for name, function in REAL.items():             # a worker may change them: it would have had the process to itself
+            setattr(dist, name, function)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(torch.distributed.nn, "all_gather", torch.distributed.nn.all_gather)      # will be changed, and so changed back
+    monkeypatch.setattr(lab, "Worker", Here)
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(tmp_path, *words):
+    bench.main([*words, *TOY, f"--out={tmp_path}/b.json", f"--plot={tmp_path}/b.png"])
+    with open(tmp_path / "b.json") as f:
+        document = json.load(f)
+    assert {"machine", "versions", "commit", "date"} <= document.keys() and document["machine"]["cores"] > 0
+    assert document["versions"].keys() == {"python", "torch", "open_clip"} and (tmp_path / "b.png").stat().st_size > 10_000
+    for row in document["rows"]:
+        assert {"mode", "side", "settings", "unit", "median", "all", "date", "commit", "versions"} <= row.keys()
+        assert row["mode"] == words[0] and row["median"] == statistics.median(row["all"]) > 0
+    return document["rows"]
+
+
+def test_step(tmp_path, here):
+    ours, theirs = run(tmp_path, "step", "--batch=4")
+    assert (ours["side"], theirs["side"]) == ("ours", "open_clip") and theirs["ratio"] == 1
+    assert ours["ratio"] == pytest.approx(ours["median"] / theirs["median"])
+    assert all(1e8 < row["peak_bytes"] < 1e10 and 0 < row["mfu"] < 1 for row in (ours, theirs))
+    assert ours["cpu_ratio"] > 0 and len(ours["cpu_seconds"]) == 1
+    again = results.save([ours], str(tmp_path / "b.json"))
+    assert len(again) == 2                                                  # in the old one's place
+
+
+def test_loader(tmp_path, here):
+    ours, theirs = run(tmp_path, "loader", "--images=24", "--batch=8", "--size=48")
+    assert ours["settings"]["cores"] == 1 and 0 < ours["ratio"] and theirs["kilobytes_per_sample"] > 1
+
+
+def test_loss(tmp_path, here):
+    rows = run(tmp_path, "loss", "--batch=16", "--global_batch=64", "--tile=16", "--step_batch=2", "--model=ViT-B-32")
+    assert {row["side"] for row in rows} == {"ours", "ours, loss_tile=16", "open_clip"} and len(rows) == 3 * 7
+    assert rows[0]["share_of_step"] > 0 and all(row["peak_bytes"] >= 0 for row in rows)
+
+
+def test_wire_is_counted_and_is_the_formula(tmp_path):
+    rows = run(tmp_path, "wire", "--batch=2")
+    assert [row["side"] for row in rows] == ["open_clip", "openclip", "sogclr", "isogclr", *(f"fastclip-v{i}" for i in range(4)), "fastclip-v3"]
+    assert all(row["equal"] and row["counted"].keys() == row["formula"].keys() for row in rows)
+    assert {"features", "feature gradients", "gradients", "buffers"} == rows[0]["counted"].keys()
+    assert rows[0]["counted"]["feature gradients"] == rows[0]["counted"]["features"] == 2 * 32 * 4 * 2
+    assert rows[-1]["settings"]["grad_wire"] == "bf16" and rows[-1]["share"] < 0.55
+
+
+@pytest.mark.parametrize("name,d,parameters", [("ViT-B-32", 512, 151_277_313), ("RN50", 1024, 102_007_137), ("ViT-B-16", 512, 149_620_737)])
+@pytest.mark.parametrize("ranks,B", [(8, 1024), (32, 5120)])
+def test_with_bf16_gradients_a_step_sends_little_more_than_half(name, d, parameters, ranks, B):
+    ours = sum(count(ranks) for count in plan.traffic(B, d, 2, 2 * parameters).values())
+    theirs = sum(count(ranks) for count in peer.formula(B // ranks, d, parameters, 0).values())
+    assert ours <= 0.55 * theirs
+
+
+def test_breakdown(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "DIVIDED", [("fastclip-v3", "bf16"), ("open_clip", "fp32")])
+    rows = run(tmp_path, "breakdown", "--batch=4", "--size=48")
+    for row in rows:
+        assert row["parts_ms"].keys() == {"compute", "optimizer", "exposed", "data", "other", "hidden"}
+        assert all(value >= 0 for name, value in row["parts_ms"].items() if name != "other") and row["parts_ms"]["compute"] > 0
+        assert sum(value for name, value in row["parts_ms"].items() if name != "hidden") == pytest.approx(row["median"])
+        assert 0 < row["parts_ms"]["exposed"] and 0 <= row["hidden_share"] <= 1
+
+
+def test_plan(tmp_path):
+    rows = run(tmp_path, "plan", "--batch=4", "--check_ranks", "2", "--links", "100", "400")
+    assert rows[0]["predicted_ms"] > 0 and rows[0]["alpha_us"] > 0 and rows[0]["bytes_per_second"] > 1e6
+    projected = {(row["side"], row["nodes"], row["settings"]["gbit"]): row["median"] for row in rows[1:]}
+    assert len(projected) == 3 * 7 * 2
+    assert all(projected["fastclip-v3 bf16", n, 100] <= projected["fastclip-v3 fp32", n, 100] <= projected["open_clip fp32", n, 100] for n in (8, 64))
+
+
+def test_captions_have_the_promised_length():
+    lengths = lab.caption_lengths(1001)
+    assert int(lengths.median()) == 17 and 5 <= int(lengths.min()) and int(lengths.max()) <= 77
+    assert torch.equal(lengths, lab.caption_lengths(1001))
+
+
+def test_spans():
+    spans = lab.union([(5, 6), (0, 2), (1, 3)])
+    assert spans == [(0, 3), (5, 6)] and lab.length(spans) == 4
+    assert lab.without(spans, [(1, 2), (2.5, 5.5)]) == [(0, 1), (2, 2.5), (5.5, 6)]
+
+
+def test_what_cannot_be_is_said(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'open_clip'")
+    (tmp_path / "b.json").write_text('{"machine": {"cpu": "another"}, "rows": []}')
+    with pytest.raises(ConfigError, match="another machine"):
+        results.save([], str(tmp_path / "b.json"))
+    monkeypatch.setattr(peer.importlib, "import_module", missing)
+    with pytest.raises(ConfigError, match="pip install open_clip_torch"):
+        bench.main(["step"])
