@@ -19,6 +19,7 @@ Rows {mode, side, settings, unit, median, all, ...} are merged into --out, and a
 
 import argparse
 import gc
+import importlib.util
 import math
 import os
 import statistics
@@ -89,26 +90,27 @@ def loader_worker(a, side, shards, count):
     index = load_index(shards)
     yield
     while True:
-        if side == "ours":
-            batches = data.Loader(data.Order(index, a.batch), 224, workers=a.workers, num_steps=count // a.batch)
-        else:
+        if side == "open_clip":
             batches, _ = peer.pipeline(shards, count // a.batch * a.batch, a.batch, 224, 77, a.workers)
-        start, cpu, images = time.perf_counter(), time.process_time(), 0
+        else:
+            batches = data.Loader(data.Order(index, a.batch), 224, workers=a.workers, num_steps=count // a.batch, decoder=side.split()[-1])
+        images = 0
         for i, batch in enumerate(batches):
             images += len(batch[0])
-            if i == 0 and a.workers:                # until then they were starting
-                start, images = time.perf_counter(), 0
+            if i == 0:                              # until then workers start, lanes look for their place, shuffle buffers fill
+                start, cpu, images = time.perf_counter(), time.process_time(), 0
         seconds, batches = time.perf_counter() - start, None            # and with them their workers
         yield images / seconds, (time.process_time() - cpu) / images
 
 
 def loader(a):
     with tempfile.TemporaryDirectory() as folder:
-        shards = a.shards or lab.make_shards(folder, a.size, a.images)
-        index, source = load_index(shards), f"JPEG {a.size} px" if not a.shards else "given"
+        made = not a.shards or os.path.isdir(a.shards)
+        shards = lab.make_shards(folder, a.size, a.images, a.shards) if made else a.shards
+        index, source = load_index(shards), f"{'photos' if a.shards else 'JPEG'} {a.size} px" if made else "given"
         count = min(index.num_samples, a.images)
         kilobytes = sum(os.path.getsize(s) for s in index.shards if os.path.exists(s)) / index.num_samples / 1e3
-        sides = {side: lab.Worker(loader_worker, a, side, shards, count) for side in ("ours", "open_clip")}
+        sides = {side: lab.Worker(loader_worker, a, side, shards, count) for side in ("open_clip", *(f"ours, {name}" for name in a.decoders))}
         answers = lab.take_turns(sides, [None] * a.rounds, f"loader {source}")
     settings = dict(source=source, batch=a.batch, workers=a.workers, cores=1 if not a.workers else lab.cores())
     return beside([row("loader", side, settings, "images/s", [speed for speed, _ in values], kilobytes_per_sample=kilobytes,
@@ -248,7 +250,8 @@ def breakdown_rank(a, shards, sides):
 def breakdown(a):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        shards = a.shards or lab.make_shards(folder, a.size, 128)
+        made = not a.shards or os.path.isdir(a.shards)
+        shards = lab.make_shards(folder, a.size, 128, a.shards) if made else a.shards
         load_index(shards)
         for (side, grad_wire), rounds in lab.on_ranks(a.ranks, breakdown_rank, a, shards, DIVIDED, label="breakdown")[0].items():
             parts = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
@@ -347,7 +350,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="bench.py", description="Ours beside open_clip: speed, memory, bytes.")
     add = parser.add_argument
     add("mode", choices=[*MODES, "all"])
-    add("shards", nargs="?", help="loader, breakdown: tar shards; without, they are made")
+    add("shards", nargs="?", default="", help="loader, breakdown: tar shards, or a folder of photos to make them from; without, made from noise")
     add("--model", help="step: ViT-B-32; loss (whose step it is a share of): ViT-B-16; wire, breakdown, plan: ViT-B-32")
     add("--batch", type=int, help="samples of a rank in a step; loss: b")
     add("--numbers", type=numbers, default={}, help="change the model: vision_layers=2,text_layers=2")
@@ -359,7 +362,9 @@ def parse(argv):
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=0, help="step: steps in a turn; 0: 1, or 20 on a GPU")
     add("--size", type=int, default=256, help="loader: shorter side of the pictures that are made, pixels")
-    add("--images", type=int, default=512, help="loader: images in a turn")
+    add("--images", type=int, default=2048, help="loader: images in a turn")
+    add("--decoders", nargs="+", default=["torchvision", "pillow"] + ["simplejpeg"] * bool(importlib.util.find_spec("simplejpeg")),
+        help="loader: ours with each of these; without the word, those that are installed")
     add("--workers", type=int, default=0, help="loader: 0 is one core and no other process")
     add("--global_batch", type=int, default=5120, help="loss, wire, plan: B")
     add("--tile", type=int, default=512, help="loss: loss_tile")

@@ -109,7 +109,7 @@ def scaled_pixels(data, height, width, decoder, by):
     if decoder == "pillow":
         image = Image.open(io.BytesIO(data), formats=["JPEG"])
         image.draft("RGB", (width // by, height // by))
-        image = np.array(image.convert("RGB"))
+        image = np.array(image if image.mode == "RGB" else image.convert("RGB"))        # convert would copy
     else:
         import simplejpeg
         image = simplejpeg.decode_jpeg(data, min_height=h, min_width=w, min_factor=1)
@@ -138,12 +138,13 @@ def resize(image, height, width):
 
 def random_crop(height, width, scale, random):
     """-> (top, left, height, width) in pixels: a share of the area drawn from `scale`, an aspect ratio drawn log-uniformly from
-    3/4..4/3; when ten draws do not fit into the image, the largest part at its centre with such a ratio."""
+    3/4..4/3; when ten draws do not fit into the image, the largest part at its centre with such a ratio. random: has random()."""
     for _ in range(10):
-        area, ratio = height * width * random.uniform(*scale), math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * random.random())
+        ratio = (3 / 4) ** (1 - 2 * random.random())
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
-            return random.integers(height - h + 1), random.integers(width - w + 1), h, w
+            return int(random.random() * (height - h + 1)), int(random.random() * (width - w + 1)), h, w
     ratio = min(max(width / height, 3 / 4), 4 / 3)
     h, w = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
     return (height - h) // 2, (width - w) // 2, h, w

@@ -15,7 +15,7 @@ from itertools import cycle, islice
 import train                    # before torch, because it says how torch's threads are to wait
 import torch
 from torch.autograd import DeviceType
-from torchvision.io import encode_jpeg
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 from tqdm import tqdm
 
 import config as configs
@@ -25,6 +25,7 @@ import model as models
 import optim
 import peer
 from config import ConfigError
+from images import resize
 from loss import ContrastiveLoss
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -148,24 +149,40 @@ def caption_lengths(count, seed=0):
 
 
 def photo(height, width, generator):
-    """uint8 [3, height, width] about as hard to compress as a photograph: noise that falls with its frequency, colours much alike."""
+    """uint8 [3, height, width] that as a JPEG takes about as many bytes as a photograph: noise that falls with its frequency, colours much alike."""
     frequency = (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width)[None] ** 2).sqrt().clamp(min=1 / max(height, width))
-    x = torch.fft.irfft2(torch.fft.rfft2(torch.randn(3, height, width, generator=generator)) / frequency ** 1.3, s=(height, width))
+    x = torch.fft.irfft2(torch.fft.rfft2(torch.randn(3, height, width, generator=generator)) / frequency ** 1.5, s=(height, width))
     x = x / x.std()
     return (128 + 55 * (0.9 * x[:1] + 0.3 * x)).clamp(0, 255).to(torch.uint8)
 
 
-def make_shards(folder, size, count, shards=4):
-    """Tar shards of JPEGs, quality 90, 4:3 or 3:4, shorter side `size` -> their pattern."""
+def photos(folder, shapes, generator):
+    """For each shape (height, width) a random crop of the next photograph in the folder, half of it or more, reduced to it -> uint8 [3, height, width]."""
+    files = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg", ".png")))
+    if not files:
+        raise ConfigError(f"{folder} has no .jpg or .png: name a folder of photographs, or tar shards")
+    whole = [decode_image(file, ImageReadMode.RGB) for file in files]
+    for image, (height, width) in zip(cycle(whole), shapes):
+        share = 0.5 + 0.5 * torch.rand((), generator=generator).item()
+        scale = share * min(image.shape[1] / height, image.shape[2] / width)
+        h, w = int(scale * height), int(scale * width)
+        top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in (image.shape[1] - h, image.shape[2] - w))
+        yield resize(image[:, top:top + h, left:left + w], height, width)
+
+
+def make_shards(folder, size, count, source="", shards=16):
+    """Tar shards of JPEGs, quality 90, 4:3 or 3:4, shorter side `size`, made from noise, or from the photographs in the folder `source`
+    -> their pattern. After 512 they begin again, under other names."""
     generator, lengths = torch.Generator().manual_seed(0), caption_lengths(count).tolist()
     words = "a photo of the old red house by sea with two dogs and one man on green grass near big trees".split()
+    shapes = [(size, size * 4 // 3) if i % 8 < 5 else (size * 4 // 3, size) for i in range(min(count, 512))]
+    pictures = photos(source, shapes, generator) if source else (photo(*shape, generator) for shape in shapes)
+    jpegs = [encode_jpeg(picture, 90).numpy().tobytes() for picture in tqdm(pictures, "making JPEGs", len(shapes), leave=False)]
     for shard in range(shards):
         with tarfile.open(os.path.join(folder, f"{shard:05d}.tar"), "w") as tar:
             for i in range(shard, count, shards):
-                shape = (size, size * 4 // 3) if i % 8 < 5 else (size * 4 // 3, size)
                 caption = " ".join(islice(cycle(words), i % len(words), i % len(words) + lengths[i] - 2))
-                jpeg = encode_jpeg(photo(*shape, generator), 90).numpy().tobytes()
-                for extension, content in (("jpg", jpeg), ("txt", caption.encode())):
+                for extension, content in (("jpg", jpegs[i % len(jpegs)]), ("txt", caption.encode())):
                     member = tarfile.TarInfo(f"{i:06d}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, BytesIO(content))
@@ -181,7 +198,7 @@ def made_batches(image_size, context_length, batch, count=4):
         place, tokens = torch.arange(longest), torch.randint(1, 49406, (batch, longest), generator=generator)
         tokens = torch.where(place < length[:, None] - 1, tokens, 0).index_fill_(1, torch.tensor([0]), 49406)
         tokens[torch.arange(batch), length - 1] = 49407
-        images = torch.stack([photo(image_size, image_size, generator) for _ in range(batch)])
+        images = torch.stack([photo(image_size, image_size, generator) for _ in range(batch)]).contiguous(memory_format=torch.channels_last)
         batches.append(data.Batch(images, tokens, length, torch.randint(4096, (batch,), generator=generator), {}))
     return batches
 

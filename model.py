@@ -263,7 +263,8 @@ class CLIP(nn.Module):
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images are {list(images.shape)}, expected [b, 3, {self.image_size}, {self.image_size}]")
         if images.dtype == torch.uint8:                     # bytes travelled to the device, a quarter of what floats are
-            images = (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+            layout = torch.channels_last if is_resnet(self) else torch.contiguous_format
+            images = (images.to(self.pixel_mean.dtype, memory_format=layout) / 255 - self.pixel_mean) / self.pixel_std
         features = self.visual(images)
         return unit_length(features) if normalize else features
 

@@ -25,7 +25,7 @@ def beside(rows):
     ratio of the CPU time (all threads, what they spin included) is the steadier one."""
     theirs = {r["side"]: r for r in rows}
     for r in rows:
-        other = theirs[r["side"].replace("ours", "open_clip")]
+        other = theirs["open_clip compiled" if r["side"].endswith("compiled") else "open_clip"]
         r["ratio"] = statistics.median(x / y for x, y in zip(r["all"], other["all"]))
         if "cpu_seconds" in r:
             r["cpu_ratio"] = statistics.median(y / x for x, y in zip(r["cpu_seconds"], other["cpu_seconds"]))
