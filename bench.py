@@ -142,10 +142,7 @@ def loss_worker(a, side, d):
             watch.synchronize(device)
             times += 1
         seconds = (time.perf_counter() - start) / times
-        lab.forget_peak(device)
-        before = lab.memory(device, "VmRSS")
-        once()
-        request = yield seconds, max(0, lab.memory(device) - before)
+        request = yield seconds, lab.peak_of(once, device)
 
 
 def loss(a):
@@ -178,7 +175,7 @@ def wire_rank(a, sides):
         if side == "open_clip":
             trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), count=True)
         else:
-            trainer = lab.Ours(a, cycle(batches), side, grad_wire)
+            trainer = lab.Ours(a, cycle(batches), side, grad_wire=grad_wire)
         traffic = trainer.traffic if side == "open_clip" else dist.traffic
         trainer.run(1)
         traffic.clear()
@@ -232,7 +229,7 @@ def breakdown_rank(a, shards, sides):
             order = data.Order(load_index(shards), a.batch * dist.world_size())
             loader = data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=1, device=device,
                                  num_steps=10 ** 6)
-            trainer = lab.Ours(a, iter(loader), side, grad_wire)
+            trainer = lab.Ours(a, iter(loader), side, grad_wire=grad_wire, bucket_mb=a.bucket_mb)
         trainer.run(2)
         for _ in range(a.rounds):
             dist.barrier()
@@ -255,7 +252,7 @@ def breakdown(a):
         load_index(shards)
         for (side, grad_wire), rounds in lab.on_ranks(a.ranks, breakdown_rank, a, shards, DIVIDED, label="breakdown")[0].items():
             parts = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-            settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, **a.numbers)
+            settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, bucket_mb=a.bucket_mb, **a.numbers)
             rows.append(row("breakdown", side, settings, "ms", [1000 * sum(v for name, v in r.items() if name != "hidden") for r in rounds],
                             parts_ms={name: 1000 * seconds for name, seconds in parts.items()},
                             hidden_share=parts["hidden"] / (parts["hidden"] + parts["exposed"])))
@@ -282,7 +279,7 @@ def plan_rank(a):
     small, large = (timed(lambda x=torch.ones(size // 4, device=device): dist.all_reduce(x, "ping").wait(), times)
                     for size, times in ((1000, 50), (int(64e6), 5)))
     batches = lab.made_batches(image_size, context_length, a.batch)
-    trainer = lab.Ours(a, cycle(batches), a.algorithm, a.grad_wire)
+    trainer = lab.Ours(a, cycle(batches), a.algorithm, grad_wire=a.grad_wire)
     with_others = timed(lambda: trainer.run(1), a.rounds)
     buckets = len(trainer.reducer.buckets)
     dist.rank, dist.world_size = lambda: 0, lambda: 1                   # from here on each as if alone
@@ -369,6 +366,7 @@ def parse(argv):
     add("--global_batch", type=int, default=5120, help="loss, wire, plan: B")
     add("--tile", type=int, default=512, help="loss: loss_tile")
     add("--step_batch", type=int, default=8, help="loss: batch of the step that is measured to compare with")
+    add("--bucket_mb", type=float, default=25.0, help="breakdown: size of ours's gradient buckets")
     add("--ranks", type=int, default=2, help="wire, breakdown: processes on this machine")
     add("--check_ranks", type=int, nargs="+", default=[2, 4], help="plan: numbers of processes for which it is checked here")
     add("--plan_model", default="ViT-B-16", help="plan: what is projected over nodes")

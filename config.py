@@ -66,8 +66,8 @@ class Config:
     train_samples: int = knob(0, "how many samples they hold, for --plan where the shards are not at hand; 0: read their index")
     caption_key: str = knob("", "'' reads KEY.txt; otherwise this entry of KEY.json, a string or a list to draw one from")
     crop_scale: tuple = knob((0.9, 1.0), "random resized crop: smallest and largest share of the image's area")
-    decoder: Literal["torchvision", "pillow", "simplejpeg"] = knob(
-        "torchvision", "of training JPEGs; the others, one of them a package of its own, are faster for large pictures: see images.py")
+    decoder: Literal["torchvision", "pillow", "simplejpeg", "nvjpeg"] = knob(
+        "torchvision", "of training JPEGs; pillow and simplejpeg (a package) are faster for large pictures, nvjpeg is the GPU's: see images.py")
     lanes: Union[int, Auto] = knob("auto", "parallel read positions; must divide batch_size; changing it changes the order of samples")
     shuffle_block: Union[int, Auto] = knob("auto", "samples of a lane shuffled together, held compressed in memory")
     workers: Union[int, Auto] = knob("auto", "decoding processes per rank; 0 decodes in the training process; never changes the batches")

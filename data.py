@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from config import ConfigError, or_exit
-from images import BadSample, check_decoder, encoded, evaluation_image, training_image
+from images import BadSample, Encoded, batched, check_decoder, decoded_on_device, encoded, encoded_crop, evaluation_image, on_device, training_image
 from shards import captions, load_index, usable_samples
 from tokenizer import Tokenizer
 
@@ -127,9 +127,11 @@ def batch_ids(order, step):
 # ---- a sample ----
 
 def training_sample(files, random, image_size, crop_scale, caption_key, decoder="torchvision"):
-    """{extension: bytes}, a generator -> (image uint8 [3, S, S], caption str). BadSample says why not."""
+    """{extension: bytes}, a generator -> (image uint8 [3, S, S], caption str). BadSample says why not. nvjpeg: images.encoded_crop's."""
     image, texts = encoded(files), captions(files, caption_key)
     text = texts[int(random.random() * len(texts))]
+    if decoder == "nvjpeg":
+        return encoded_crop(*image, random, image_size, crop_scale), text
     return training_image(*image, random, image_size, crop_scale, decoder), text
 
 
@@ -232,7 +234,8 @@ class Loader:
 
     def __init__(self, order, image_size, context_length=77, crop_scale=(0.9, 1.0), caption_key="", rank=0, world_size=1,
                  workers="auto", device="cpu", start_step=0, num_steps=0, decoder="torchvision"):
-        check_decoder(decoder)
+        self.device, self.image_size, self.context_length, self.steps = torch.device(device), image_size, context_length, range(start_step, num_steps)
+        check_decoder(decoder, self.device)
         lanes, rest = divmod(order.lanes, world_size)
         if rest:
             fits = [d for d in range(world_size, order.batch_size + 1, world_size) if order.batch_size % d == 0]
@@ -245,7 +248,6 @@ class Loader:
             print(f"workers = {self.workers}, not {asked}: they must divide the {lanes} lanes of a rank", file=sys.stderr)
         if self.workers:
             start_server()
-        self.device, self.context_length, self.steps = torch.device(device), context_length, range(start_step, num_steps)
         prepare = partial(training_sample, image_size=image_size, crop_scale=crop_scale, caption_key=caption_key, decoder=decoder)
         self.shares = partial(shares, order, range(rank * lanes, (rank + 1) * lanes), self.steps, prepare, context_length)
 
@@ -254,13 +256,26 @@ class Loader:
 
     def __iter__(self):
         shares = run_workers(self.shares, self.workers, self.device.type == "cuda")
+        # On a GPU, copies go beside the step before: this stream does not wait for it, only the next step waits for this stream.
+        beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for _ in self.steps:
             images, tokens, lengths, ids, bad = zip(*islice(shares, max(1, self.workers)))      # the workers take turns
-            lengths = torch.cat(lengths)
+            lengths, ids, bad = torch.cat(lengths), torch.cat(ids), sum(map(Counter, bad), Counter())
             longest = min(-(-int(lengths.max()) // 8) * 8, self.context_length)
-            images, tokens = ([x.to(self.device, non_blocking=True) for x in xs] for xs in (images, tokens))
-            images, tokens = (xs[0] if len(xs) == 1 else torch.cat(xs) for xs in (images, tokens))
-            yield Batch(images, tokens[:, :longest].contiguous(), lengths, torch.cat(ids), dict(sum(map(Counter, bad), Counter())))
+            with torch.cuda.stream(beside):
+                tokens = on_device(tokens, self.device)[:, :longest].contiguous()
+                if isinstance(images[0], Encoded):
+                    images, source = decoded_on_device(images, self.image_size, self.device)
+                    tokens, lengths, ids = (x[source.to(x.device)] for x in (tokens, lengths, ids))
+                    bad["corrupt image"] += (source != torch.arange(len(source))).sum().item()
+                else:
+                    images = on_device(images, self.device)
+            if beside:
+                step = torch.cuda.current_stream(self.device)
+                step.wait_stream(beside)
+                images.record_stream(step)          # whose memory was taken for the other stream
+                tokens.record_stream(step)
+            yield Batch(images, tokens, lengths, ids, dict(+bad))
 
 
 def shares(order, lanes, steps, prepare, context_length, worker, workers):
@@ -273,8 +288,7 @@ def shares(order, lanes, steps, prepare, context_length, worker, workers):
         ids, images, texts = zip(*(sample for lane in lanes for sample in lane.take(step, bad)))
         tokens = tokenize(texts)
         lengths = 1 + tokens.argmax(1)                                                  # <end_of_text> is the largest id
-        images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)      # in memory as they are: [b, S, S, 3]
-        yield Batch(images, tokens, lengths, torch.tensor(ids), dict(bad))
+        yield Batch(batched(images), tokens, lengths, torch.tensor(ids), dict(bad))
 
 
 def default_workers():

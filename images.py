@@ -5,6 +5,7 @@ Nothing is decoded that declares more than MOST_PIXELS. JPEGs of training are de
   torchvision          every pixel, then the crop is resized, bicubic and antialiased: within 0.3/255 of Pillow's, in less time
   pillow, simplejpeg   at 1/2, 1/4 or 1/8 of the size where the crop is still at least as large as the model's input: the finest
                        frequencies are left out instead of averaged away. Faster for large pictures, and 1 to 3/255 from Pillow's
+  nvjpeg               every pixel, by the GPU (torchvision's nvJPEG): workers only read, draw the crop, and hand over bytes (`Encoded`)
 
 WebP is always torchvision's, PNG Pillow's, and evaluation is always torchvision's, so that results do not depend on a setting.
 """
@@ -13,11 +14,12 @@ import io
 import math
 import re
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
 
 from config import ConfigError
 
@@ -118,14 +120,22 @@ def scaled_pixels(data, height, width, decoder, by):
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def check_decoder(decoder):
-    """ConfigError if a decoder's package is missing: here, in the trainer, and not in a worker later on."""
+def check_decoder(decoder, device):
+    """ConfigError if what a decoder needs is missing: here, in the trainer, and not in a worker later on."""
     if decoder == "simplejpeg":
         try:
             import simplejpeg  # noqa: F401
         except ImportError as error:
             raise ConfigError(f"decoder = 'simplejpeg' needs a package ({error}): pip install simplejpeg, or set decoder = 'pillow', which "
                               "makes nearly the same pixels, or 'torchvision', the default") from error
+    if decoder == "nvjpeg":
+        try:
+            if device.type != "cuda":
+                raise RuntimeError(f"this run is on {device.type}")
+            decode_jpeg([encode_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))], ImageReadMode.RGB, device=device)
+        except RuntimeError as error:
+            raise ConfigError(f"decoder = 'nvjpeg' needs a GPU and a torchvision built with nvJPEG ({error}): set decoder = 'torchvision', the "
+                              "default, or 'simplejpeg'") from error
 
 
 # ---- crops ----
@@ -165,6 +175,76 @@ def training_image(data, height, width, random, size, crop_scale, decoder="torch
         image = pixels(data, height, width)
     top, left, h, w = top // by, left // by, h // by, w // by
     return resize(image[:, top:top + h, left:left + w], size, size)
+
+
+# ---- decoded by the GPU ----
+
+class Encoded(NamedTuple):
+    """b images to be decoded on the device. data: uint8 [n], one after the other; sizes: int64 [b], bytes of each; boxes: int64 [b, 6], the
+    crop (top, left, height, width) and the declared height and width; where they are 0, the bytes are the pixels of a crop already."""
+    data: torch.Tensor
+    sizes: torch.Tensor
+    boxes: torch.Tensor
+
+
+def encoded_crop(data, height, width, random, size, crop_scale):
+    """As training_image, but what is a JPEG stays one -> (uint8 [n], box [6])."""
+    if data[:2] == b"\xff\xd8":
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.tensor([*random_crop(height, width, crop_scale, random), height, width])
+    return training_image(data, height, width, random, size, crop_scale).permute(1, 2, 0).flatten(), torch.zeros(6, dtype=torch.int64)
+
+
+def batched(crops):
+    """What training_image, or encoded_crop, made of b images -> uint8 [b, 3, S, S] in channels_last as the crops are, or an Encoded."""
+    if isinstance(crops[0], tuple):
+        parts, boxes = zip(*crops)
+        return Encoded(torch.cat(parts), torch.tensor([len(part) for part in parts]), torch.stack(boxes))
+    return torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
+
+
+def on_device(parts, device):
+    """Tensors of several workers -> one, on the device. Each travels by itself: it is pinned, what they are together would not be."""
+    parts = [part.to(device, non_blocking=True) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def decoded_on_device(parts, size, device):
+    """Encodeds of several workers -> (uint8 [b, 3, size, size] on the device, int64 [b] whose pixels they are: each one's own or, of a corrupt
+    one, the next good one's). BadSample if all are corrupt."""
+    data = [image for part in parts for image in part.data.split(part.sizes.tolist())]
+    boxes = [box for part in parts for box in part.boxes.tolist()]
+    jpegs = [i for i, box in enumerate(boxes) if box[5]]
+    whole = dict(zip(jpegs, decode_jpegs([data[i] for i in jpegs], device)))
+    good = [i for i, box in enumerate(boxes) if i not in whole or (whole[i] is not None and list(whole[i].shape[1:]) == box[4:])]
+    if not good:
+        raise BadSample(f"none of the {len(boxes)} images of a batch can be decoded")
+    crops = torch.zeros(len(data), size, size, 3, dtype=torch.uint8, device=device)
+    for i in good:
+        top, left, h, w, *_ = boxes[i]
+        if i in whole:                                          # CUDA resizes floats only
+            crop = whole[i][None, :, top:top + h, left:left + w].float()
+            crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+            crops[i].copy_(crop.round_().clamp_(0, 255).permute(1, 2, 0))
+        else:
+            crops[i].copy_(data[i].view(size, size, 3), non_blocking=True)
+    known = set(good)
+    source = torch.tensor([i if i in known else next((j for j in good if j > i), good[0]) for i in range(len(data))])
+    if len(good) < len(data):
+        crops = crops[source.to(device)]
+    return crops.permute(0, 3, 1, 2), source
+
+
+def decode_jpegs(parts, device):
+    """uint8 [n] each -> uint8 [3, h, w] each, None for what is corrupt. nvJPEG fails as a whole and does not say at which, so by halves."""
+    try:
+        return decode_jpeg(parts, ImageReadMode.RGB, device=device) if parts else []
+    except RuntimeError:
+        if len(parts) > 1:
+            return decode_jpegs(parts[:len(parts) // 2], device) + decode_jpegs(parts[len(parts) // 2:], device)
+    try:                                                        # of the rarer kinds, CMYK for one, nvJPEG knows fewer
+        return [decode_image(parts[0], ImageReadMode.RGB).to(device)]
+    except RuntimeError:
+        return [None]
 
 
 def evaluation_image(files, size):

@@ -10,7 +10,9 @@ import socket
 import tarfile
 import traceback
 from io import BytesIO
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # torch's profiler, read with it: no word about GPUs that are not there
 
 import train                    # before torch, because it says how torch's threads are to wait
 import torch
@@ -113,7 +115,7 @@ def on_ranks(ranks, function, *args, label=""):
 
 def as_rank(rank, ranks, port, function, args):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), KINETO_LOG_LEVEL="5")
+                      MASTER_PORT=str(port))
     torch.set_num_threads(max(1, cores() // ranks))
     yield from function(*args)
 
@@ -131,12 +133,25 @@ def forget_peak(device):
             f.write("5")
 
 
-def memory(device, key="VmHWM"):
-    """Bytes: on a GPU the most that was allocated, on a CPU the most that was resident (VmHWM), or is (VmRSS), since forget_peak."""
+def memory(device):
+    """Bytes, the most since forget_peak: on a GPU of what was allocated, on a CPU of what was resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) if key == "VmHWM" else torch.cuda.memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
     with open("/proc/self/status") as f:        # not getrusage, which remembers the process that started this one
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+
+
+def peak_of(function, device):
+    """The most bytes that tensors take at once while function() runs, beyond what they took before; exact, as their allocators say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 # ---- what is trained on ----
@@ -208,9 +223,9 @@ def made_batches(image_size, context_length, batch, count=4):
 class Ours:
     """train.train_step, set up as train.main does, on data.Batches from an endless iterator."""
 
-    def __init__(self, a, batches, algorithm="fastclip-v3", grad_wire="fp32", compiled=False):
+    def __init__(self, a, batches, algorithm="fastclip-v3", compiled=False, **settings):
         self.c = c = configs.Config(model=a.model, algorithm=algorithm, batch_size=a.batch * dist.world_size(), precision=a.precision,
-                                    grad_wire=grad_wire, warmup_steps=100, lr=1e-4, **a.numbers)
+                                    warmup_steps=100, lr=1e-4, **a.numbers, **settings)
         torch.manual_seed(0)
         self.device, self.batches, self.steps = device_of(a), batches, 0
         self.model = models.create(c.model, c.tau_init, **c.model_numbers()).to(self.device).train()
@@ -223,7 +238,7 @@ class Ours:
         if compiled:
             self.model.compile_blocks()
         self.reducer = dist.GradReducer([p for p in self.model.parameters() if p is not self.model.logit_scale], c.bucket_mb,
-                                        torch.bfloat16 if grad_wire == "bf16" else torch.float32)
+                                        torch.bfloat16 if c.grad_wire == "bf16" else torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.autocast = dist.autocast(dtype, self.device)
 

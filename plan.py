@@ -55,7 +55,7 @@ def report(c):
     usable = [k for k in RANKS if c.batch_size % k == 0 and lanes % k == 0 and not (c.micro_batch and c.batch_size // k % c.micro_batch)]
     if not usable:
         raise ConfigError(f"no number of ranks works with batch_size = {c.batch_size}, lanes = {lanes}, micro_batch = {c.micro_batch}")
-    gradient_bytes = total_parameters * (2 if c.grad_wire == "bf16" else 4)
+    gradient_bytes = (total_parameters - 1) * (2 if c.grad_wire == "bf16" else 4)            # every rank knows tau's
     table = [["ranks", *usable], ["samples per step", *(c.batch_size // k for k in usable)],
              ["weights+grads+optimizer", *[size(total_parameters * 4 * (2 + moments))] * len(usable)],
              ["u-state", *(size(-(-num_samples // k) * columns * 4) for k in usable)]]

@@ -6,14 +6,17 @@ import statistics
 import pytest
 import torch
 import torch.distributed.nn
+from torchvision.io import write_jpeg
 
 import bench
+import data
 import dist
 import lab
 import peer
 import plan
 import results
 from config import ConfigError
+from shards import load_index
 
 pytest.importorskip("open_clip")
 TOY = ("--numbers=image_size=32,patch_size=16,vision_layers=1,vision_width=64,text_width=64,text_heads=1,text_layers=1,embed_dim=32,context_length=40",
@@ -73,8 +76,22 @@ def test_step(tmp_path, here):
 
 
 def test_loader(tmp_path, here):
-    ours, theirs = run(tmp_path, "loader", "--images=24", "--batch=8", "--size=48")
+    theirs, ours, pillow = run(tmp_path, "loader", "--images=24", "--batch=8", "--size=48", "--decoders", "torchvision", "pillow")
+    assert (theirs["side"], ours["side"], pillow["side"]) == ("open_clip", "ours, torchvision", "ours, pillow") and theirs["ratio"] == 1
     assert ours["settings"]["cores"] == 1 and 0 < ours["ratio"] and theirs["kilobytes_per_sample"] > 1
+
+
+def test_shards_are_made_of_photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="photos has no .jpg"):
+        lab.make_shards(str(tmp_path), 32, 8, str(folder), shards=2)
+    red = torch.zeros(3, 90, 100, dtype=torch.uint8)
+    red[0] = 255
+    write_jpeg(red, str(folder / "red.jpg"))
+    pattern = lab.make_shards(str(tmp_path), 32, 8, str(folder), shards=2)
+    batch, = data.Loader(data.Order(load_index(pattern), 8), 16, workers=0, num_steps=1)
+    assert batch.images[:, 0].float().mean() > 250 and batch.images[:, 1:].float().mean() < 5 and len(set(batch.ids.tolist())) == 8
 
 
 def test_loss(tmp_path, here):
@@ -116,6 +133,35 @@ def test_plan(tmp_path):
     projected = {(row["side"], row["nodes"], row["settings"]["gbit"]): row["median"] for row in rows[1:]}
     assert len(projected) == 3 * 7 * 2
     assert all(projected["fastclip-v3 bf16", n, 100] <= projected["fastclip-v3 fp32", n, 100] <= projected["open_clip fp32", n, 100] for n in (8, 64))
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches(here):
+    """GradCache: beside the images themselves and the features, a step takes what one micro-batch takes."""
+    a = bench.parse(["step", "--model=ViT-B-32", *TOY])
+    peaks = {}
+    for batch, micro in ((16, 0), (16, 4), (64, 4), (64, 0)):
+        a = bench.changed(a, batch=batch)
+        batches = iter(lab.made_batches(32, 40, batch, count=2))
+        trainer = lab.Ours(a, batches, micro_batch=micro)
+        trainer.run(1)
+        peaks[batch, micro] = lab.peak_of(lambda: trainer.run(1), torch.device("cpu"))
+    assert peaks[64, 4] - peaks[16, 4] < 0.1 * (peaks[64, 0] - peaks[16, 0]), peaks     # 918 and 14,153 bytes of a sample
+
+
+def test_tiled_loss_does_not_grow_with_the_global_batch(here):
+    """... beyond the gathered features, 2 d floats of a pair, and some numbers: 28 floats of it."""
+    a = bench.changed(bench.parse(["loss", "--model=ViT-B-32", *TOY, "--tile=64"]), rounds=1)
+    def peaks_of(side, sizes):
+        worker, peaks = Here(bench.loss_worker, a, side, 256), {}
+        worker.ask()
+        for B in sizes:
+            worker.ask((64, B))
+            peaks[B] = worker.answer()[1] - 2 * B * 256 * 4
+        worker.close()
+        return peaks
+    tiled, whole = peaks_of("ours, loss_tile=64", (512, 1024, 4096)), peaks_of("ours", (512, 4096))
+    assert tiled[1024] - tiled[512] <= 512 * 28 * 4 and tiled[4096] - tiled[512] <= 3584 * 28 * 4, tiled
+    assert whole[4096] - whole[512] > 5 * (tiled[4096] - tiled[512])
 
 
 def test_captions_have_the_promised_length():

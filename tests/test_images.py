@@ -3,6 +3,7 @@
 import builtins
 import functools
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -142,6 +143,61 @@ def test_a_decoder_that_is_not_installed(monkeypatch):
     assert data.Loader(order, 224, decoder="pillow", num_steps=2, workers=0) and config.load([]).decoder == "torchvision"
     with pytest.raises(ConfigError, match="decoder = 'simplejpg' .*did you mean 'simplejpeg'"):
         config.load(["--decoder=simplejpg"])
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_the_device_decodes(device):
+    """torchvision's decode_jpeg takes a list on either device: nvJPEG decodes it on a GPU, libjpeg-turbo here. Both sides of what is handed over are the same."""
+    contents = [photo(i, 200 + 20 * i, 230) for i in range(5)]
+    contents[1] = contents[1][:400] + bytes(400) + contents[1][800:1000]                          # corrupt: the next one's pixels
+    contents[4] = b"\xff\xd8\xff" + contents[4][3:30]                                            # the last: the first one's
+    file = io.BytesIO()
+    Image.open(io.BytesIO(photo(7, 300, 260))).save(file, "PNG")
+    contents[2] = file.getvalue()
+    sizes = [(230, 200 + 20 * i) if i != 2 else (260, 300) for i in range(5)]
+    cut = [images.encoded_crop(content, *size, np.random.default_rng(i), 64, (0.5, 1.0)) for i, (content, size) in enumerate(zip(contents, sizes))]
+    parts = [images.batched(cut[:2]), images.batched(cut[2:])]
+    assert all(isinstance(part, images.Encoded) for part in parts)
+    crops, source = images.decoded_on_device(parts, 64, torch.device(device))
+    assert crops.shape == (5, 3, 64, 64) and crops.dtype == torch.uint8 and crops.device.type == device and source.tolist() == [0, 2, 2, 3, 0]
+    crops = crops.cpu()
+    for i in (0, 2, 3):
+        assert distance(crops[i], crop_of(contents[i], i, 64, scale=(0.5, 1.0))) < 0.5, i
+    assert torch.equal(crops[1], crops[2]) and torch.equal(crops[4], crops[0])
+    with pytest.raises(images.BadSample, match="none of the 1 images"):
+        images.decoded_on_device([images.batched(cut[1:2])], 64, torch.device(device))
+
+
+def test_a_loader_that_leaves_decoding_to_the_device(tmp_path, monkeypatch):
+    """The same samples, crops and captions as always, and a corrupt one has its neighbour's everything. Refused where there is no GPU."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in range(16):
+            content = photo(i, 120 + i, 100)
+            for name, part in ((f"{i}.jpg", content if i != 5 else content[:300] + bytes(300)), (f"{i}.txt", b"picture %d" % i)):
+                member = tarfile.TarInfo(name)
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    order = data.Order(shards.load_index(str(tmp_path / "0.tar")), 8)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="decoder = 'nvjpeg' needs a GPU .*this run is on cpu"):
+            data.Loader(order, 32, decoder="nvjpeg")
+        monkeypatch.setattr(data, "check_decoder", lambda *_: None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for workers in (0, 2):
+        usual = list(data.Loader(order, 32, workers=workers, num_steps=2))
+        found = list(data.Loader(order, 32, workers=workers, num_steps=2, decoder="nvjpeg", device=device))
+        assert sum(batch.bad.get("corrupt image", 0) for batch in found) == 1
+        for step, (a, b) in enumerate(zip(usual, found)):
+            pixels, tokens = b.images.cpu(), b.tokens.cpu()
+            for i, number in enumerate(data.batch_ids(order, step)):
+                if number == 5:
+                    assert b.ids[i] == b.ids[(i + 1) % 8] != 5 and torch.equal(tokens[i], tokens[(i + 1) % 8])
+                else:
+                    assert b.ids[i] == a.ids[i] == number and torch.equal(tokens[i], a.tokens[i]) and b.lengths[i] == a.lengths[i]
+                    assert distance(pixels[i], a.images[i]) < 0.5
 
 
 def test_layout_does_not_change_pixels():
