@@ -49,8 +49,9 @@ def step_worker(a, side):
     device = dist.init(a.device)
     image_size, context_length, *_ = lab.shape_of(a)
     batches, compiled = lab.made_batches(image_size, context_length, a.batch), side.endswith("compiled")
-    if side.startswith("open_clip"):
-        trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), compiled=compiled)
+    if not side.startswith("ours"):
+        clone = a.released if side.startswith("released") else ""
+        trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length, bool(clone)) for batch in batches]), compiled=compiled, clone=clone)
     else:
         trainer = lab.Ours(a, cycle(batches), a.algorithm, compiled=compiled)
     steps = a.steps or (20 if device.type == "cuda" else 1)
@@ -66,7 +67,7 @@ def step_worker(a, side):
 
 
 def step(a):
-    sides = [side + compiled for compiled in ["", " compiled"][:1 + a.compiled] for side in ("ours", "open_clip")]
+    sides = [side + compiled for compiled in ["", " compiled"][:1 + a.compiled] for side in ("ours", "open_clip")] + ["released"] * bool(a.released)
     answers = lab.take_turns({side: lab.Worker(step_worker, a, side) for side in sides}, [None] * a.rounds, f"step {a.model}")
     image_flops, token_flops = lab.shape_of(a)[4:]
     work = 3 * (image_flops + token_flops * lab.caption_lengths(4 * a.batch).float().mean().item())      # of a pair
@@ -76,7 +77,7 @@ def step(a):
         speeds = [a.batch / seconds for seconds, *_ in values]
         rows.append(row("step", side, settings, "samples/s", speeds, peak_bytes=max(m for _, m, *_ in values), matmul_flops=rate,
                         cpu_seconds=[cpu for *_, cpu in values], mfu=statistics.median(speeds) * work / rate,
-                        algorithm=a.algorithm if side.startswith("ours") else "ClipLoss"))
+                        algorithm={"ours": a.algorithm, "open_clip": "ClipLoss", "released": "fastclip-v3"}[side.split()[0]]))
     return beside(rows)
 
 
@@ -356,6 +357,7 @@ def parse(argv):
     add("--algorithm", default="fastclip-v3", choices=list(ALGORITHMS))
     add("--grad_wire", default="fp32", choices=["fp32", "bf16"], help="plan: the type in which gradients travel")
     add("--compiled", action="store_true", help="step: both sides compiled, too")
+    add("--released", default="", help="step: a clone of github.com/Optimization-AI/fast_clip, to measure it, too")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=0, help="step: steps in a turn; 0: 1, or 20 on a GPU")
     add("--size", type=int, default=256, help="loader: shorter side of the pictures that are made, pixels")

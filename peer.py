@@ -1,5 +1,6 @@
 """open_clip from PyPI, for bench.py to measure beside us: its own model, training function, loss and data pipeline, called as its
-own main() does. Nothing else in the project needs it: pip install open_clip_torch
+own main() does. Nothing else in the project needs it: pip install open_clip_torch. Beside it, of a clone of the code that was released
+with FastCLIP (github.com/Optimization-AI/fast_clip, a fork of open_clip, without a package), the training step of FastCLIP-v3.
 
 What is ours here is only what it takes to drive and to count: a loader that yields batches from memory, and collectives that add up
 what they send, by the rules of dist.traffic (ring algorithms, bytes that one rank sends).
@@ -8,6 +9,7 @@ what they send, by the rules of dist.traffic (ring algorithms, bytes that one ra
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import types
 from collections import Counter
@@ -43,31 +45,46 @@ def version():
         return None
 
 
-def create(name, numbers):
+def released(folder):
+    """Import a clone of the released code -> (its package, its training function, its schedule). ConfigError if it is none."""
+    source = os.path.join(folder, "src")
+    if not os.path.isdir(os.path.join(source, "fast_clip")):
+        raise ConfigError(f"{source} has no fast_clip: git clone https://github.com/Optimization-AI/fast_clip, and name the clone")
+    sys.path.insert(0, source)
+    if not torch.distributed.is_initialized():                      # it asks for its rank, and gathers, also when alone
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return load("fast_clip"), load("training.train").train_one_epoch, load("training.scheduler").cosine_lr
+
+
+def create(name, numbers, package=None):
     """The named model, with the numbers (ours) that are changed in it."""
-    config = load().get_model_config(name)
+    package = package or load()
+    config = package.get_model_config(name)
     if config is None:
         raise ConfigError(f"open_clip has no model {name!r}")
     for key, value in numbers.items():
         part, there = NUMBERS[key]
         (config[part] if part else config)[there] = list(value) if isinstance(value, tuple) else value
-    return load().CLIP(**config, output_dict=True)
+    return package.CLIP(**config, output_dict=True)
 
 
 class Trainer:
-    """open_clip_train.train.train_one_epoch on pairs (images float32, normalised; tokens [b, 77]) from an endless iterator. In open_clip
+    """open_clip_train.train.train_one_epoch, or the released code's, on pairs (images float32, normalised; tokens [b, 77]) from an endless iterator. In open_clip
     pixels are normalised by loader workers, so this is done before (`batch_of`) and its step does not pay for it; ours does it in the step."""
 
-    def __init__(self, model, numbers, batch, precision, device, batches, compiled=False, count=False):
-        """batch: per rank. count: add up what is sent in `self.traffic`, by purpose."""
-        training, schedule = load("open_clip_train.train"), load("open_clip_train.scheduler")
+    def __init__(self, model, numbers, batch, precision, device, batches, compiled=False, count=False, clone=""):
+        """batch: per rank. count: add up what is sent in `self.traffic`, by purpose. clone: a folder with the released code, for one rank."""
+        if clone:
+            package, training, schedule = released(clone)
+        else:
+            package, training, schedule = load(), load("open_clip_train.train").train_one_epoch, load("open_clip_train.scheduler").cosine_lr
         ranks = dict(rank=dist.rank(), world_size=dist.world_size())
         self.args = types.SimpleNamespace(
             precision={"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}[precision], accum_freq=1, grad_clip_norm=None, distill=False,
             log_every_n_steps=100, skip_scheduler=False, device=str(device), local_rank=dist.rank(), wandb=False, horovod=False,
-            batch_size=batch, **ranks)
+            batch_size=batch, fastclip=bool(clone), temperature_scheme="global_learnable", siglip=False, model=model, **ranks)
         torch.manual_seed(0)
-        self.model = create(model, numbers).to(device)
+        self.model = create(model, numbers, package).to(device)
         named, buffers = list(self.model.named_parameters()), list(self.model.buffers())
         self.num_parameters, self.buffer_bytes = sum(p.numel() for _, p in named), sum(x.numel() * x.element_size() for x in buffers)
         exclude = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
@@ -81,11 +98,15 @@ class Trainer:
                                             dict(params=[p for _, p in named if id(p) not in ids], weight_decay=0.1)],
                                            lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
         self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-        self.scheduler = schedule.cosine_lr(self.optimizer, 1e-4, 100, 10_000)
-        self.loss = load().ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, **ranks)
+        self.scheduler = schedule(self.optimizer.param_groups if clone else self.optimizer, 1e-4, 100, 10_000)
+        if clone:                                                   # its settings for FastCLIP-v3 on LAION
+            self.loss = package.create_loss(types.SimpleNamespace(**vars(self.args), data_size=4096, gamma=0.2, gamma_schedule="cosine",
+                                            gamma_decay_epochs=10, rho=16.0, fastclip_eps=1e-14, multiply_tau=True))
+        else:
+            self.loss = package.ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, **ranks)
         if compiled:
             self.model = torch.compile(self.model)
-        self.train, self.batches, self.epoch = training.train_one_epoch, batches, 0
+        self.train, self.batches, self.epoch = training, batches, 0
         if count:
             count_collectives(self.traffic)
 
@@ -106,11 +127,13 @@ class Trainer:
         return allreduce_hook(c10d.group.WORLD, bucket)
 
 
-def batch_of(batch, context_length):
-    """A data.Batch -> what open_clip's pipeline would yield: (float32, normalised; tokens padded to the full context)."""
+def batch_of(batch, context_length, indices=False):
+    """A data.Batch -> what open_clip's pipeline would yield: (float32, normalised; tokens padded to the full context); the released code's
+    has the sample's number twice, too."""
     mean, std = (torch.tensor(getattr(load(), "OPENAI_DATASET_" + name))[:, None, None] for name in ("MEAN", "STD"))
     tokens = torch.nn.functional.pad(batch.tokens, (0, context_length - batch.tokens.shape[1]))
-    return (batch.images.float() / 255 - mean) / std, tokens
+    images = ((batch.images.float() / 255 - mean) / std).contiguous()
+    return (images, tokens, batch.ids, batch.ids) if indices else (images, tokens)
 
 
 def count_collectives(traffic):
