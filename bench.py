@@ -294,15 +294,6 @@ def plan_rank(a):
     yield small, large, statistics.median(alone[1:]), with_others, buckets
 
 
-def predicted(compute, traffic, ranks, buckets, alpha, bandwidth):
-    """Seconds of a step. A collective takes alpha per message of its ring, K-1 of an all-gather and 2(K-1) of an all-reduce, and its bytes'
-    time. Look-ups hide behind the forward pass. Gradients hide behind the backward pass, two thirds of `compute`, but for the last bucket."""
-    seconds = lambda name, messages: messages * (ranks - 1) * alpha + traffic[name] / bandwidth if name in traffic else 0.0
-    exposed = sum(seconds(name, 1) for name in ("features", "scalars", "feature gradients"))
-    gradients = seconds("gradients", 2 * buckets)
-    return compute + exposed + max(gradients / buckets, gradients - 2 / 3 * compute)
-
-
 def plan_mode(a):
     rows, columns = [], 2 * ALGORITHMS[a.algorithm].state + 7 * (ALGORITHMS[a.algorithm].tau == "sample")
     *_, d, parameters, _, _ = lab.shape_of(a)
@@ -313,7 +304,7 @@ def plan_mode(a):
         bandwidth = 2 * (ranks - 1) / ranks * 64e6 / (large - small)
         traffic = plan.traffic(a.batch * ranks, d, columns, parameters * (2 if a.grad_wire == "bf16" else 4))
         sent = {name: count(ranks) for name, count in traffic.items()}
-        guess = predicted(compute, sent, ranks, int(buckets), alpha, bandwidth)
+        guess = plan.predicted(compute, sent, ranks, int(buckets), alpha, bandwidth)
         settings = dict(model=a.model, batch=a.batch, algorithm=a.algorithm, grad_wire=a.grad_wire, **a.numbers)
         rows.append(row("plan", f"{ranks} ranks here", settings, "ms", [1000 * real], predicted_ms=1000 * guess, error=guess / real - 1,
                         compute_ms=1000 * compute, alpha_us=1e6 * alpha, bytes_per_second=bandwidth))
@@ -328,7 +319,7 @@ def plan_mode(a):
             parts = peer.formula(b, d, parameters, 0) if side == "open_clip" else plan.traffic(a.global_batch, d, 2, parameters * width)
             sent = {name: count(ranks) for name, count in parts.items()}
             for link in a.links:
-                seconds = predicted(compute, sent, ranks, math.ceil(parameters * 4 / 25e6), 1e-6 * a.alpha, link / 8 * 1e9)
+                seconds = plan.predicted(compute, sent, ranks, math.ceil(parameters * 4 / 25e6), 1e-6 * a.alpha, link / 8 * 1e9)
                 settings = dict(model=a.model, B=a.global_batch, gpus=ranks, gbit=link, tflops=a.tflops, alpha_us=a.alpha)
                 rows.append(row("plan", f"{side} {gradient}", settings, "ms", [1000 * seconds], efficiency=compute / seconds, nodes=nodes))
     return rows

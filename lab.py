@@ -10,7 +10,7 @@ import socket
 import tarfile
 import traceback
 from io import BytesIO
-from itertools import accumulate, cycle, islice
+from itertools import cycle, islice
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # torch's profiler, read with it: no word about GPUs that are not there
 
@@ -150,8 +150,17 @@ def peak_of(function, device):
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    events, waiting = [], profile.profiler.kineto_results.experimental_event_tree()
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    live, most = {}, 0
+    for _, pointer, size in sorted(events):
+        live[pointer] = size if size > 0 else 0         # what is freed may be from before: that is no gain here
+        most = max(most, sum(live.values())) if size > 0 else most
+    return most
 
 
 # ---- what is trained on ----
