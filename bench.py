@@ -38,6 +38,7 @@ import peer
 import plan
 import results
 import watch
+from config import ConfigError
 from loss import ALGORITHMS, ContrastiveLoss
 from results import beside, row
 from shards import load_index
@@ -49,21 +50,26 @@ def step_worker(a, side):
     device = dist.init(a.device)
     image_size, context_length, *_ = lab.shape_of(a)
     batches, compiled = lab.made_batches(image_size, context_length, a.batch), side.endswith("compiled")
-    if not side.startswith("ours"):
-        clone = a.released if side.startswith("released") else ""
-        trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length, bool(clone)) for batch in batches]), compiled=compiled, clone=clone)
+    warm_up, steps = 2 * len(batches) if compiled or device.type == "cuda" else 1, a.steps or (20 if device.type == "cuda" else 1)
+    if side.startswith("ours"):
+        trainer = lab.Ours(a, cycle(lab.pinned(batches, device)), a.algorithm, compiled=compiled)
     else:
-        trainer = lab.Ours(a, cycle(batches), a.algorithm, compiled=compiled)
-    steps = a.steps or (20 if device.type == "cuda" else 1)
-    trainer.run(2 * len(batches) if compiled or device.type == "cuda" else 1)
+        clone = a.released if side.startswith("released") else ""
+        batches = lab.pinned([peer.batch_of(batch, context_length, bool(clone)) for batch in batches], device)
+        trainer = lab.theirs(a, cycle(batches), compiled=compiled, clone=clone)
+    trainer.run(warm_up)
     lab.forget_peak(device)
     yield
     while True:
+        if device.type == "cuda":                       # what the allocator gave back for the others' turns
+            trainer.run(1)
         rate = watch.peak_flops(dist.precision(a.precision, device), device)
         start, cpu = time.perf_counter(), time.process_time()
         trainer.run(steps)
         watch.synchronize(device)
-        yield (time.perf_counter() - start) / steps, lab.memory(device), rate, (time.process_time() - cpu) / steps
+        seconds, cpu = (time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps
+        torch.cuda.empty_cache()                        # all sides' processes live side by side on one GPU
+        yield seconds, lab.memory(device), rate, cpu
 
 
 def step(a):
@@ -91,25 +97,29 @@ def loader_worker(a, side, shards, count):
     index = load_index(shards)
     yield
     while True:
+        decoder = side.split()[-1]
         if side == "open_clip":
             batches, _ = peer.pipeline(shards, count // a.batch * a.batch, a.batch, 224, 77, a.workers)
         else:
-            batches = data.Loader(data.Order(index, a.batch), 224, workers=a.workers, num_steps=count // a.batch, decoder=side.split()[-1])
+            batches = data.Loader(data.Order(index, a.batch), 224, workers=a.workers, num_steps=count // a.batch, decoder=decoder,
+                                  device="cuda" if decoder == "nvjpeg" else "cpu")
         images = 0
         for i, batch in enumerate(batches):
             images += len(batch[0])
             if i == 0:                              # until then workers start, lanes look for their place, shuffle buffers fill
                 start, cpu, images = time.perf_counter(), time.process_time(), 0
+        watch.synchronize(batch[0].device)
         seconds, batches = time.perf_counter() - start, None            # and with them their workers
         yield images / seconds, (time.process_time() - cpu) / images
 
 
 def loader(a):
     with tempfile.TemporaryDirectory() as folder:
-        made = not a.shards or os.path.isdir(a.shards)
-        shards = lab.make_shards(folder, a.size, a.images, a.shards) if made else a.shards
-        index, source = load_index(shards), f"{'photos' if a.shards else 'JPEG'} {a.size} px" if made else "given"
+        shards, source = lab.shards_of(a, folder, a.images)
+        index = load_index(shards)
         count = min(index.num_samples, a.images)
+        if count < 2 * a.batch:
+            raise ConfigError(f"{count} images are fewer than two batches of {a.batch}, the first of which is not timed: raise --images")
         kilobytes = sum(os.path.getsize(s) for s in index.shards if os.path.exists(s)) / index.num_samples / 1e3
         sides = {side: lab.Worker(loader_worker, a, side, shards, count) for side in ("open_clip", *(f"ours, {name}" for name in a.decoders))}
         answers = lab.take_turns(sides, [None] * a.rounds, f"loader {source}")
@@ -132,11 +142,12 @@ def loss_worker(a, side, d):
         ranks, logit_scale = B // b, torch.tensor(math.log(1 / 0.07), device=device)
         features = [torch.nn.functional.normalize(torch.randn(b, d, device=device), dim=1) for _ in range(2)]
         if side == "open_clip":
-            once = lambda loss=peer.loss_as_one_of(ranks): loss(*features, logit_scale)
+            once = lambda loss=peer.loss_as_one_of(ranks, dist.autocast(dist.precision(a.precision, device), device)): loss(*features, logit_scale)
         else:
             loss, ids = ContrastiveLoss("fastclip-v3", b, device=device, tile=a.tile if "tile" in side else 0), torch.arange(b)
             once = lambda: loss(*features, logit_scale, loss.lookup(ids), 0.5)
         once()
+        watch.synchronize(device)
         start, times = time.perf_counter(), 0
         while times < 1 or (times < 20 and time.perf_counter() - start < 0.5):
             once()
@@ -150,18 +161,18 @@ def loss(a):
     b, B = a.batch, a.global_batch
     pairs = [(b, B)] + [(min(b, 128), B // 4 * 2 ** i) for i in range(4)] + [(b // 2 ** i, B) for i in (1, 2)]
     d, rows = lab.shape_of(a)[2], []
-    sides = ("ours", f"ours, loss_tile={a.tile}", "open_clip")
-    answers = lab.take_turns({side: lab.Worker(loss_worker, a, side, d) for side in sides}, pairs * a.rounds, "loss")
-    a = changed(a, batch=a.step_batch)
+    answers = lab.take_turns({side: lab.Worker(loss_worker, a, side, d) for side in ("ours", f"ours, loss_tile={a.tile}", "open_clip")},
+                             pairs * a.rounds, "loss")
+    a = lab.changed(a, batch=a.step_batch or (b if lab.device_of(a).type == "cuda" else 8))
     whole = lab.take_turns({"ours": lab.Worker(step_worker, a, "ours")}, [None] * min(3, a.rounds), f"step {a.model}")["ours"]
-    whole = statistics.median(seconds for seconds, *_ in whole) / a.step_batch * b
+    whole = statistics.median(seconds for seconds, *_ in whole) / a.batch * b
     for i, (b, B) in enumerate(pairs):
-        for side in sides:
+        for side in answers:
             values = answers[side][i::len(pairs)]
-            rows.append(row("loss", side, dict(b=b, B=B, d=d), "ms", [1000 * s for s, _ in values], gathered_bytes=2 * B * d * 4,
+            rows.append(row("loss", side, dict(b=b, B=B, d=d, precision=a.precision), "ms", [1000 * s for s, _ in values], gathered_bytes=2 * B * d * 4,
                             peak_bytes=statistics.median(m for _, m in values)))
             if i == 0:
-                rows[-1].update(share_of_step=rows[-1]["median"] / 1000 / whole, step=f"{a.model}, {b} samples as fast as {a.step_batch}")
+                rows[-1].update(share_of_step=rows[-1]["median"] / 1000 / whole, step=f"{a.model}, {b} samples as fast as {a.batch}")
     return rows
 
 
@@ -177,13 +188,14 @@ def wire_rank(a, sides):
             trainer = lab.theirs(a, cycle([peer.batch_of(batch, context_length) for batch in batches]), count=True)
         else:
             trainer = lab.Ours(a, cycle(batches), side, grad_wire=grad_wire)
-        traffic = trainer.traffic if side == "open_clip" else dist.traffic
+        traffic = getattr(trainer, "traffic", dist.traffic)
         trainer.run(1)
         traffic.clear()
         trainer.run(1)
         sent.append(({k: v for k, v in traffic.items() if v}, getattr(trainer, "buffer_bytes", 0)))
+        trainer.close()
         trainer = None
-        gc.collect()                            # parameters and the hooks on them hold each other
+        gc.collect()
     yield sent
 
 
@@ -224,11 +236,11 @@ def breakdown_rank(a, shards, sides):
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     for side, grad_wire in sides:
         if side == "open_clip":
-            loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, 1)
+            loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, a.workers or 1)
             trainer = lab.theirs(a, iter(loader))
         else:
             order = data.Order(load_index(shards), a.batch * dist.world_size())
-            loader = data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=1, device=device,
+            loader = data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=a.workers or 1, device=device,
                                  num_steps=10 ** 6)
             trainer = lab.Ours(a, iter(loader), side, grad_wire=grad_wire, bucket_mb=a.bucket_mb)
         trainer.run(2)
@@ -240,6 +252,7 @@ def breakdown_rank(a, shards, sides):
                 watch.synchronize(device)
                 seconds = time.perf_counter() - start
             rounds[side, grad_wire].append(lab.parts_of(profile.events(), seconds, device.type == "cuda"))
+        trainer.close()
         loader = trainer = None                 # and with them their data workers
         gc.collect()
     yield rounds
@@ -248,15 +261,14 @@ def breakdown_rank(a, shards, sides):
 def breakdown(a):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        made = not a.shards or os.path.isdir(a.shards)
-        shards = lab.make_shards(folder, a.size, 128, a.shards) if made else a.shards
+        shards, _ = lab.shards_of(a, folder, max(128, 2 * a.batch * a.ranks))
         load_index(shards)
         for (side, grad_wire), rounds in lab.on_ranks(a.ranks, breakdown_rank, a, shards, DIVIDED, label="breakdown")[0].items():
             parts = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
             settings = dict(model=a.model, ranks=a.ranks, batch=a.batch, precision=a.precision, grad_wire=grad_wire, bucket_mb=a.bucket_mb, **a.numbers)
             rows.append(row("breakdown", side, settings, "ms", [1000 * sum(v for name, v in r.items() if name != "hidden") for r in rounds],
                             parts_ms={name: 1000 * seconds for name, seconds in parts.items()},
-                            hidden_share=parts["hidden"] / (parts["hidden"] + parts["exposed"])))
+                            hidden_share=parts["hidden"] / ((parts["hidden"] + parts["exposed"]) or 1)))
     return rows
 
 
@@ -309,7 +321,7 @@ def plan_mode(a):
         rows.append(row("plan", f"{ranks} ranks here", settings, "ms", [1000 * real], predicted_ms=1000 * guess, error=guess / real - 1,
                         compute_ms=1000 * compute, alpha_us=1e6 * alpha, bytes_per_second=bandwidth))
     # Over nodes of 8, at links whose speed is given: one ring through all GPUs enters and leaves each node once.
-    a = changed(a, model=a.plan_model, numbers={})
+    a = lab.changed(a, model=a.plan_model, numbers={})
     _, length, d, parameters, image, token = lab.shape_of(a)
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         ranks = 8 * nodes
@@ -342,7 +354,7 @@ def parse(argv):
     add("shards", nargs="?", default="", help="loader, breakdown: tar shards, or a folder of photos to make them from; without, made from noise")
     add("--model", help="step: ViT-B-32; loss (whose step it is a share of): ViT-B-16; wire, breakdown, plan: ViT-B-32")
     add("--batch", type=int, help="samples of a rank in a step; loss: b")
-    add("--numbers", type=numbers, default={}, help="change the model: vision_layers=2,text_layers=2")
+    add("--numbers", type=lab.numbers, default={}, help="change the model: vision_layers=2,text_layers=2")
     add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--algorithm", default="fastclip-v3", choices=list(ALGORITHMS))
@@ -358,33 +370,31 @@ def parse(argv):
     add("--workers", type=int, default=0, help="loader: 0 is one core and no other process")
     add("--global_batch", type=int, default=5120, help="loss, wire, plan: B")
     add("--tile", type=int, default=512, help="loss: loss_tile")
-    add("--step_batch", type=int, default=8, help="loss: batch of the step that is measured to compare with")
+    add("--step_batch", type=int, default=0, help="loss: batch of the step that is measured to compare with; 0: 8, or b on a GPU")
     add("--bucket_mb", type=float, default=25.0, help="breakdown: size of ours's gradient buckets")
-    add("--ranks", type=int, default=2, help="wire, breakdown: processes on this machine")
+    add("--ranks", type=int, default=2, help="wire (2 or more), breakdown: processes on this machine, each with a GPU of its own if there are any")
     add("--check_ranks", type=int, nargs="+", default=[2, 4], help="plan: numbers of processes for which it is checked here")
     add("--plan_model", default="ViT-B-16", help="plan: what is projected over nodes")
     add("--tflops", type=float, default=150.0, help="plan: what a GPU computes, useful work of this model")
     add("--links", type=int, nargs="+", default=[100, 200, 400], help="plan: Gbit/s of a node")
     add("--alpha", type=float, default=10.0, help="plan: latency of a message, microseconds")
-    add("--out", default="assets/bench_cpu.json")
-    add("--plot", default="assets/bench.png")
-    return parser.parse_args(argv)
-
-
-def numbers(text):
-    return {key: configs.typed(key, configs.parse(value)) for key, value in (word.split("=") for word in text.split(","))}
-
-
-def changed(a, **settings):
-    return argparse.Namespace(**{**vars(a), **settings})
+    add("--out", help="assets/bench_cpu.json, or bench_gpu.json where there is a GPU")
+    add("--plot", help="as --out, .png")
+    a = parser.parse_args(argv)
+    a.out = a.out or f"assets/bench_{'gpu' if lab.device_of(a).type == 'cuda' else 'cpu'}.json"
+    a.plot = a.plot or os.path.splitext(a.out)[0] + ".png"
+    if {"wire": a.ranks, "plan": min(a.check_ranks)}.get(a.mode, 2) < 2:
+        raise ConfigError(f"{a.mode} measures what is sent between ranks: it needs 2 of them or more")
+    return a
 
 
 def main(argv):
     a = parse(argv)
     peer.load()
-    given = {name: value for name, value in vars(a).items() if value is not None}
+    results.check(a.out)
+    given = {} if a.mode == "all" else {name: value for name, value in vars(a).items() if value is not None}
     for mode, settings in EVERYTHING if a.mode == "all" else [(a.mode, {})]:
-        rows = MODES[mode](changed(a, **{**DEFAULTS[mode], **(given if a.mode != "all" else {}), **settings}))
+        rows = MODES[mode](lab.changed(a, **{**DEFAULTS[mode], **given, **settings}))
         results.table(rows)
         results.picture(results.save(rows, a.out), a.plot)
 

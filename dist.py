@@ -62,6 +62,7 @@ def init(device="auto", timeout=600.0):
         raise ConfigError(f"local rank {local_rank} has no GPU: there are {gpus}; lower --nproc_per_node to {gpus}")
     if gpus:
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True           # a convolution meets the same shape in every step: find its fastest algorithm once
     if "RANK" in os.environ and not c10d.is_initialized():
         # The watchdog ends a rank after `timeout`, and says why. The backends' own time-outs come later: they say nothing.
         c10d.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=timeout + 60))

@@ -188,8 +188,8 @@ class Encoded(NamedTuple):
 
 
 def encoded_crop(data, height, width, random, size, crop_scale):
-    """As training_image, but what is a JPEG stays one -> (uint8 [n], box [6])."""
-    if data[:2] == b"\xff\xd8":
+    """As training_image, but what is a JPEG, and whole, stays one -> (uint8 [n], box [6]). nvJPEG does not say where one broke off."""
+    if data[:2] == b"\xff\xd8" and b"\xff\xd9" in data[-64:]:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.tensor([*random_crop(height, width, crop_scale, random), height, width])
     return training_image(data, height, width, random, size, crop_scale).permute(1, 2, 0).flatten(), torch.zeros(6, dtype=torch.int64)
 
@@ -213,20 +213,24 @@ def decoded_on_device(parts, size, device):
     one, the next good one's). BadSample if all are corrupt."""
     data = [image for part in parts for image in part.data.split(part.sizes.tolist())]
     boxes = [box for part in parts for box in part.boxes.tolist()]
-    jpegs = [i for i, box in enumerate(boxes) if box[5]]
-    whole = dict(zip(jpegs, decode_jpegs([data[i] for i in jpegs], device)))
-    good = [i for i, box in enumerate(boxes) if i not in whole or (whole[i] is not None and list(whole[i].shape[1:]) == box[4:])]
+    crops = torch.zeros(len(data), size, size, 3, dtype=torch.uint8, device=device)
+    jpegs, good = [i for i, box in enumerate(boxes) if box[5]], [i for i, box in enumerate(boxes) if not box[5]]
+    for i in good:
+        crops[i].copy_(data[i].view(size, size, 3), non_blocking=True)
+    while jpegs:                                                # a part at a time: all of them whole would be gigabytes
+        some = [jpegs.pop()]
+        while jpegs and sum(boxes[i][4] * boxes[i][5] for i in some) < MOST_PIXELS:
+            some.append(jpegs.pop())
+        for i, image in zip(some, decode_jpegs([data[i] for i in some], device)):
+            top, left, h, w, *declared = boxes[i]
+            if image is not None and list(image.shape[1:]) == declared:
+                crop = image[None, :, top:top + h, left:left + w].float()               # CUDA resizes floats only
+                crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+                crops[i].copy_(crop.round_().clamp_(0, 255).permute(1, 2, 0))
+                good.append(i)
     if not good:
         raise BadSample(f"none of the {len(boxes)} images of a batch can be decoded")
-    crops = torch.zeros(len(data), size, size, 3, dtype=torch.uint8, device=device)
-    for i in good:
-        top, left, h, w, *_ = boxes[i]
-        if i in whole:                                          # CUDA resizes floats only
-            crop = whole[i][None, :, top:top + h, left:left + w].float()
-            crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
-            crops[i].copy_(crop.round_().clamp_(0, 255).permute(1, 2, 0))
-        else:
-            crops[i].copy_(data[i].view(size, size, 3), non_blocking=True)
+    good.sort()
     known = set(good)
     source = torch.tensor([i if i in known else next((j for j in good if j > i), good[0]) for i in range(len(data))])
     if len(good) < len(data):
@@ -236,15 +240,20 @@ def decoded_on_device(parts, size, device):
 
 def decode_jpegs(parts, device):
     """uint8 [n] each -> uint8 [3, h, w] each, None for what is corrupt. nvJPEG fails as a whole and does not say at which, so by halves."""
+    if device.type == "cuda":           # it writes, on a stream of its own, into memory that what is queued on this one may still use
+        torch.cuda.current_stream(device).synchronize()
     try:
         return decode_jpeg(parts, ImageReadMode.RGB, device=device) if parts else []
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         if len(parts) > 1:
             return decode_jpegs(parts[:len(parts) // 2], device) + decode_jpegs(parts[len(parts) // 2:], device)
     try:                                                        # of the rarer kinds, CMYK for one, nvJPEG knows fewer
-        return [decode_image(parts[0], ImageReadMode.RGB).to(device)]
+        image = decode_image(parts[0], ImageReadMode.RGB)
     except RuntimeError:
         return [None]
+    return [image.to(device)]                                   # which fails if it is the device that is broken
 
 
 def evaluation_image(files, size):

@@ -1,11 +1,13 @@
 """Where bench.py measures: fresh processes that take turns, made pictures and captions, the trainers of both sides, and a profile."""
 
+import argparse
 import contextlib
 import ctypes
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import socket
 import tarfile
 import traceback
@@ -33,6 +35,16 @@ from loss import ContrastiveLoss
 SPAWN = multiprocessing.get_context("spawn")
 CAPTIONS = 17                   # tokens at the median, as in CC3M, with begin and end
 LEAST = 5
+
+
+# ---- settings ----
+
+def numbers(text):
+    return {key: configs.typed(key, configs.parse(value)) for key, value in (word.split("=") for word in re.split(r",(?![^(]*\))", text))}
+
+
+def changed(a, **settings):
+    return argparse.Namespace(**{**vars(a), **settings})
 
 
 # ---- processes that take turns ----
@@ -94,6 +106,9 @@ def take_turns(sides, requests, label):
 
 def on_ranks(ranks, function, *args, label=""):
     """A generator function(*args) on so many ranks of this machine, each with its share of the cores -> what each yields first."""
+    gpus = torch.cuda.device_count()
+    if device_of(args[0]).type == "cuda" and ranks > gpus:
+        raise ConfigError(f"{label} needs a GPU for each of {ranks} ranks, here are {gpus}: lower --ranks or --check_ranks, or --device=cpu --out=FILE")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -213,6 +228,20 @@ def make_shards(folder, size, count, source="", shards=16):
     return os.path.join(folder, "{%05d..%05d}.tar" % (0, shards - 1))
 
 
+def shards_of(a, folder, count):
+    """-> (the shards that were named, or are made in the folder of the photographs that were named, or of noise; in a word, which)."""
+    if a.shards and not os.path.isdir(a.shards):
+        return a.shards, "given"
+    return make_shards(folder, a.size, count, a.shards), f"{'photos' if a.shards else 'noise'} {a.size} px"
+
+
+def pinned(batches, device):
+    """Batches as a GPU's trainer gets them, ours and theirs: in memory from which it can copy while it computes."""
+    pin = lambda batch: type(batch)(*map(pin_one, batch)) if hasattr(batch, "_fields") else tuple(map(pin_one, batch))
+    pin_one = lambda x: x.pin_memory() if isinstance(x, torch.Tensor) else x
+    return [pin(batch) for batch in batches] if device.type == "cuda" else batches
+
+
 def made_batches(image_size, context_length, batch, count=4):
     """-> list of data.Batch, this rank's, from memory: what data.Loader would yield."""
     generator = torch.Generator().manual_seed(dist.rank())
@@ -253,11 +282,21 @@ class Ours:
 
     def run(self, steps):
         for batch in islice(self.batches, steps):
-            images, tokens = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.tokens))
-            out, _ = train.train_step(batch._replace(images=images, tokens=tokens), self.model, self.loss, self.optimizer, self.reducer,
-                                      self.scaler, self.autocast, self.c, self.steps, 1000, 10_000)
-            self.steps += 1
+            out = self.step(batch)
         return out.objective.item()
+
+    def close(self):
+        """Free the weights: they hold hooks, which hold the buckets, which hold the weights, through C++ where Python's collector cannot see."""
+        for bucket in self.reducer.buckets:
+            bucket.parameters.clear()
+            bucket.flat = None
+        self.reducer.parameters.clear()
+
+    def step(self, batch):
+        images, tokens = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.tokens))
+        self.steps += 1
+        return train.train_step(batch._replace(images=images, tokens=tokens), self.model, self.loss, self.optimizer, self.reducer, self.scaler,
+                                self.autocast, self.c, self.steps - 1, 1000, 10_000)[0]
 
 
 def theirs(a, batches, **options):

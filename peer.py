@@ -28,14 +28,14 @@ NUMBERS = {"embed_dim": ("", "embed_dim"), "image_size": ("vision_cfg", "image_s
            "text_width": ("text_cfg", "width"), "text_heads": ("text_cfg", "heads"), "text_layers": ("text_cfg", "layers")}
 
 
-def load(module="open_clip"):
-    """Import a module of open_clip's package, or ConfigError with the remedy."""
+def load(module="open_clip", remedy="pip install open_clip_torch webdataset"):
+    """Import a module of open_clip's package, or of a clone; ConfigError with the remedy."""
     try:
         if module == "open_clip_train.data" and "pandas" not in sys.modules and importlib.util.find_spec("pandas") is None:
             sys.modules["pandas"] = types.ModuleType("pandas")   # it reads CSV files with it, which is not done here
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{module} is what we are compared with: pip install open_clip_torch webdataset ({error})") from error
+        raise ConfigError(f"{module} is what we are compared with: {remedy} ({error})") from error
 
 
 def version():
@@ -52,8 +52,9 @@ def released(folder):
         raise ConfigError(f"{source} has no fast_clip: git clone https://github.com/Optimization-AI/fast_clip, and name the clone")
     sys.path.insert(0, source)
     if not torch.distributed.is_initialized():                      # it asks for its rank, and gathers, also when alone
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return load("fast_clip"), load("training.train").train_one_epoch, load("training.scheduler").cosine_lr
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    remedy = f"see what {folder} requires, and install it"
+    return load("fast_clip", remedy), load("training.train", remedy).train_one_epoch, load("training.scheduler", remedy).cosine_lr
 
 
 def create(name, numbers, package=None):
@@ -74,6 +75,10 @@ class Trainer:
 
     def __init__(self, model, numbers, batch, precision, device, batches, compiled=False, count=False, clone=""):
         """batch: per rank. count: add up what is sent in `self.traffic`, by purpose. clone: a folder with the released code, for one rank."""
+        if device.type == "cuda":                                   # as both of their main()s do
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+        elif clone and precision != "fp32":
+            raise ConfigError("the released code computes in float32 on a CPU, whatever it is asked for: leave --precision or --released")
         if clone:
             package, training, schedule = released(clone)
         else:
@@ -93,7 +98,7 @@ class Trainer:
         if dist.world_size() > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
             if count:
-                self.model.register_comm_hook(None, self.reduce)
+                self.model.register_comm_hook(self.traffic, counted_all_reduce)
         self.optimizer = torch.optim.AdamW([dict(params=exclude, weight_decay=0.0),
                                             dict(params=[p for _, p in named if id(p) not in ids], weight_decay=0.1)],
                                            lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
@@ -110,6 +115,9 @@ class Trainer:
         if count:
             count_collectives(self.traffic)
 
+    def close(self):
+        """Nothing needs to be done."""
+
     def run(self, steps):
         """So many steps: an epoch, to it."""
         self.num_batches, self.num_samples = steps, steps * self.args.batch_size * dist.world_size()
@@ -120,11 +128,12 @@ class Trainer:
     def __iter__(self):
         return islice(self.batches, self.num_batches)
 
-    def reduce(self, state, bucket):
-        """DistributedDataParallel's own all-reduce of a bucket, counted."""
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-        self.traffic["gradients"] += 2 * (dist.world_size() - 1) * bucket.buffer().numel() * bucket.buffer().element_size() // dist.world_size()
-        return allreduce_hook(c10d.group.WORLD, bucket)
+
+def counted_all_reduce(traffic, bucket):
+    """DistributedDataParallel's own all-reduce of a bucket, counted."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    traffic["gradients"] += 2 * (dist.world_size() - 1) * bucket.buffer().numel() * bucket.buffer().element_size() // dist.world_size()
+    return allreduce_hook(c10d.group.WORLD, bucket)
 
 
 def batch_of(batch, context_length, indices=False):
@@ -163,7 +172,7 @@ def formula(batch, d, parameters, buffer_bytes):
             "buffers": lambda k: (k - 1) * buffer_bytes // k}
 
 
-def loss_as_one_of(ranks):
+def loss_as_one_of(ranks, autocast):
     """ClipLoss of rank 0 of so many, alone: its gather is a copy, with the gradient's sum, and nothing is sent."""
     class Gather(torch.autograd.Function):
         @staticmethod
@@ -178,7 +187,9 @@ def loss_as_one_of(ranks):
 
     def step(image_features, text_features, logit_scale):
         image_features, text_features, logit_scale = (x.detach().requires_grad_() for x in (image_features, text_features, logit_scale))
-        loss(image_features, text_features, logit_scale.exp()).backward()
+        with autocast():
+            value = loss(image_features, text_features, logit_scale.exp())
+        value.backward()
     return step
 
 

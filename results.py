@@ -33,8 +33,9 @@ def beside(rows):
 
 
 def machine():
+    name = platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+        name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     return dict(cpu=name, cores=lab.cores(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
@@ -44,17 +45,25 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
-def save(rows, out):
-    """Rows take the place of older ones with the same mode, side and settings. ConfigError if the file is of another machine."""
+def check(out):
+    """-> the document to which results are to be added. ConfigError if it is of another machine, or cannot be written: before anything is measured."""
+    if not os.path.isdir(os.path.dirname(out) or "."):
+        raise ConfigError(f"{out} cannot be written: there is no folder {os.path.dirname(out)}")
     document = dict(machine=machine(), rows=[])
     if os.path.exists(out):
         with open(out) as f:
             document = json.load(f)
         if document["machine"] != machine():
             raise ConfigError(f"{out} was measured on another machine, {document['machine']}: name another --out")
+    return document
+
+
+def save(rows, out):
+    """Rows take the place of older ones with the same mode, side, settings and algorithm -> all rows."""
+    document = check(out)
     now = dict(commit=commit(), date=datetime.datetime.now().isoformat(timespec="minutes"), load=os.getloadavg()[1],
                versions=dict(python=platform.python_version(), torch=torch.__version__, open_clip=peer.version()))
-    key = lambda r: json.dumps([r["mode"], r["side"], r["settings"]], sort_keys=True)
+    key = lambda r: json.dumps([r["mode"], r["side"], r["settings"], r.get("algorithm")], sort_keys=True)
     new = {key(r) for r in rows}
     document["rows"] = [r for r in document["rows"] if key(r) not in new] + [{**r, **now} for r in rows]
     document.update(now)
@@ -102,7 +111,7 @@ def picture(rows, out):
     ratio = lambda r: f"{r['ratio']:.2f}x" if r["side"].startswith("ours") else ""
     steps = lambda r: f"{r['settings']['model']}\nbatch {r['settings']['batch']}"
     bars(axes[0, 0], of("step"), steps, lambda r: r["median"], "training step", "samples/s", ratio)
-    bars(axes[0, 1], of("step"), steps, lambda r: r["peak_bytes"] / 1e9, "memory of the process at its peak", "GB")
+    bars(axes[0, 1], of("step"), steps, lambda r: r["peak_bytes"] / 1e9, "memory at its peak", "GB")
     bars(axes[0, 2], of("loader"), lambda r: f"{r['settings']['source']}\n{r['settings']['workers'] or 'no'} workers", lambda r: r["median"],
          "tar to ready batch", "images/s", ratio)
     losses = of("loss")
@@ -114,12 +123,16 @@ def picture(rows, out):
             points = sorted((r["settings"]["B"], value(r)) for r in losses if r["side"] == side and r["settings"]["b"] == B0)
             axis.plot(*zip(*points), marker="o", label=side)
         axis.set(title=f"{title}, b = {B0}", xlabel="global batch B", ylabel=unit, ylim=(0, None))
-    axis, sent = axes[1, 1], [(f"{r['side']} {r['settings']['grad_wire']}", r["counted"]) for r in of("wire")]
-    stack(axis, sent, 1e6)
-    axis.set(title="sent in a step, counted", xlabel="MB")
+    axis, wires = axes[1, 1], of("wire")
+    for i, purpose in enumerate(dict.fromkeys(p for r in wires for p in r["at_8_ranks"] if p != "batch")):
+        points = [(r["at_8_ranks"][purpose] / 1e6, y) for y, r in enumerate(wires) if r["at_8_ranks"].get(purpose)]
+        axis.scatter(*zip(*points), s=60, color=f"C{i}", label=purpose)
+    axis.set_yticks(range(len(wires)), [f"{r['side']} {r['settings']['grad_wire']}" for r in wires], fontsize=8)
+    axis.set(title=f"sent in a step by one of 8 ranks, {wires[0]['at_8_ranks']['batch'] if wires else 0} pairs each", xlabel="MB", xscale="log")
+    axis.invert_yaxis()
     name = lambda r: f"{r['side']} {r['settings']['grad_wire']}"
     axis, parts = axes[1, 2], [(name(r), {k: v for k, v in r["parts_ms"].items() if k != "hidden"}) for r in of("breakdown")]
-    stack(axis, parts, 1)
+    stack(axis, parts)
     for i, r in enumerate(of("breakdown")):     # what lies beside the computation, not behind it
         axis.barh(i + 0.38, r["parts_ms"]["hidden"], 0.12, color="black", label="communication, hidden" if i == 0 else None)
     axis.set(title="where a step's time goes", xlabel="ms")
@@ -138,11 +151,11 @@ def picture(rows, out):
     plt.close(figure)
 
 
-def stack(axis, bars, unit):
+def stack(axis, bars):
     """[(label, {part: value})] -> horizontal stacked bars."""
     left = [0.0] * len(bars)
     for part in dict.fromkeys(part for _, parts in bars for part in parts):
-        values = [parts.get(part, 0) / unit for _, parts in bars]
+        values = [parts.get(part, 0) for _, parts in bars]
         axis.barh(range(len(bars)), values, 0.6, left=left, label=part)
         left = [x + y for x, y in zip(left, values)]
     axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)

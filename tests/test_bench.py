@@ -140,7 +140,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches(here):
     a = bench.parse(["step", "--model=ViT-B-32", *TOY])
     peaks = {}
     for batch, micro in ((16, 0), (16, 4), (64, 4), (64, 0)):
-        a = bench.changed(a, batch=batch)
+        a = lab.changed(a, batch=batch)
         batches = iter(lab.made_batches(32, 40, batch, count=2))
         trainer = lab.Ours(a, batches, micro_batch=micro)
         trainer.run(1)
@@ -148,9 +148,27 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches(here):
     assert peaks[64, 4] - peaks[16, 4] < 0.1 * (peaks[64, 0] - peaks[16, 0]), peaks     # 918 and 14,153 bytes of a sample
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("model,numbers,settings", [
+    ("ViT-B-32", TOY[0], {}), ("ViT-B-32", TOY[0], dict(micro_batch=2)), ("ViT-B-32", TOY[0], dict(algorithm="fastclip-v2", grad_clip=1.0)),
+    ("RN50", "--numbers=image_size=64,vision_layers=(1,1,1,1),vision_width=16,text_width=64,text_heads=1,text_layers=1,embed_dim=32", {})])
+def test_a_step_does_not_wait_for_the_gpu(model, numbers, settings):
+    a = lab.changed(bench.parse(["step", f"--model={model}", numbers, "--precision=bf16"]), batch=8)
+    trainer = lab.Ours(a, iter(batches := lab.made_batches(64 if model == "RN50" else 32, 40, 8)), **settings)
+    trainer.run(2)
+    batches = [batch._replace(images=batch.images.pin_memory(), tokens=batch.tokens.pin_memory()) for batch in batches[2:]]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            trainer.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_tiled_loss_does_not_grow_with_the_global_batch(here):
     """... beyond the gathered features, 2 d floats of a pair, and some numbers: 28 floats of it."""
-    a = bench.changed(bench.parse(["loss", "--model=ViT-B-32", *TOY, "--tile=64"]), rounds=1)
+    a = lab.changed(bench.parse(["loss", "--model=ViT-B-32", *TOY, "--tile=64"]), rounds=1)
     def peaks_of(side, sizes):
         worker, peaks = Here(bench.loss_worker, a, side, 256), {}
         worker.ask()
@@ -181,7 +199,16 @@ def test_what_cannot_be_is_said(tmp_path, monkeypatch):
         raise ImportError("No module named 'open_clip'")
     (tmp_path / "b.json").write_text('{"machine": {"cpu": "another"}, "rows": []}')
     with pytest.raises(ConfigError, match="another machine"):
-        results.save([], str(tmp_path / "b.json"))
+        bench.main(["step", f"--out={tmp_path}/b.json"])                    # before anything is measured
+    with pytest.raises(ConfigError, match="no folder"):
+        results.check(str(tmp_path / "no" / "b.json"))
+    for words in (["wire", "--ranks=1"], ["plan", "--check_ranks", "1"]):
+        with pytest.raises(ConfigError, match="2 of them or more"):
+            bench.parse(words)
+    with pytest.raises(ConfigError, match="fewer than two batches"):
+        bench.loader(lab.changed(bench.parse(["loader", "--images=24", "--size=32"]), batch=16))
+    with pytest.raises(ConfigError, match="git clone"):
+        peer.released(str(tmp_path))
     monkeypatch.setattr(peer.importlib, "import_module", missing)
     with pytest.raises(ConfigError, match="pip install open_clip_torch"):
         bench.main(["step"])
