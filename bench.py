@@ -12,9 +12,8 @@ Each side has a fresh process of its own, in which its memory is measured (on a 
 resident), and the sides take turns, so that what else the machine does meets both: `ratio` is the median over the rounds of the ratio
 within a round. Both train float32 (or --precision) on the same smooth-noise pictures and the same captions, 17 tokens of 77 at the
 median, through their own training function. open_clip gets float pixels, normalised; ours bytes, normalised in the step. MFU is
-useful work, without padding, over the rate of a matrix product measured in the same rounds.
-
-Rows {mode, side, settings, unit, median, all, ...} are merged into --out, and all rows there are drawn into --plot.
+useful work, without padding, over the rate of a matrix product measured in the same rounds. Rows are merged into --out, and all
+rows there are drawn into --plot.
 """
 
 import argparse
@@ -164,15 +163,14 @@ def loss(a):
     answers = lab.take_turns({side: lab.Worker(loss_worker, a, side, d) for side in ("ours", f"ours, loss_tile={a.tile}", "open_clip")},
                              pairs * a.rounds, "loss")
     a = lab.changed(a, batch=a.step_batch or (b if lab.device_of(a).type == "cuda" else 8))
-    whole = lab.take_turns({"ours": lab.Worker(step_worker, a, "ours")}, [None] * min(3, a.rounds), f"step {a.model}")["ours"]
-    whole = statistics.median(seconds for seconds, *_ in whole) / a.batch * b
+    steps = lab.take_turns({"ours": lab.Worker(step_worker, a, "ours")}, [None] * min(3, a.rounds), f"step {a.model}")["ours"]
     for i, (b, B) in enumerate(pairs):
         for side in answers:
             values = answers[side][i::len(pairs)]
             rows.append(row("loss", side, dict(b=b, B=B, d=d, precision=a.precision), "ms", [1000 * s for s, _ in values], gathered_bytes=2 * B * d * 4,
                             peak_bytes=statistics.median(m for _, m in values)))
             if i == 0:
-                rows[-1].update(share_of_step=rows[-1]["median"] / 1000 / whole, step=f"{a.model}, {b} samples as fast as {a.batch}")
+                rows[-1].update(share_of_step=rows[-1]["median"] / 1000 / (statistics.median(seconds for seconds, *_ in steps) / a.batch * b), step=f"{a.model}, {b} samples as fast as {a.batch}")
     return rows
 
 
@@ -316,13 +314,12 @@ def plan_mode(a):
         bandwidth = 2 * (ranks - 1) / ranks * 64e6 / (large - small)
         traffic = plan.traffic(a.batch * ranks, d, columns, parameters * (2 if a.grad_wire == "bf16" else 4))
         sent = {name: count(ranks) for name, count in traffic.items()}
-        guess = plan.predicted(compute, sent, ranks, int(buckets), alpha, bandwidth)
+        guess = plan.predicted(compute, sent, ranks, int(buckets), alpha, bandwidth, 2 / 3 if lab.device_of(a).type == "cuda" else 0)
         settings = dict(model=a.model, batch=a.batch, algorithm=a.algorithm, grad_wire=a.grad_wire, **a.numbers)
         rows.append(row("plan", f"{ranks} ranks here", settings, "ms", [1000 * real], predicted_ms=1000 * guess, error=guess / real - 1,
                         compute_ms=1000 * compute, alpha_us=1e6 * alpha, bytes_per_second=bandwidth))
     # Over nodes of 8, at links whose speed is given: one ring through all GPUs enters and leaves each node once.
-    a = lab.changed(a, model=a.plan_model, numbers={})
-    _, length, d, parameters, image, token = lab.shape_of(a)
+    _, _, d, parameters, image, token = lab.shape_of(lab.changed(a, model=a.plan_model, numbers={}))
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         ranks = 8 * nodes
         b = a.global_batch // ranks
@@ -332,7 +329,7 @@ def plan_mode(a):
             sent = {name: count(ranks) for name, count in parts.items()}
             for link in a.links:
                 seconds = plan.predicted(compute, sent, ranks, math.ceil(parameters * 4 / 25e6), 1e-6 * a.alpha, link / 8 * 1e9)
-                settings = dict(model=a.model, B=a.global_batch, gpus=ranks, gbit=link, tflops=a.tflops, alpha_us=a.alpha)
+                settings = dict(model=a.plan_model, B=a.global_batch, gpus=ranks, gbit=link, tflops=a.tflops, alpha_us=a.alpha)
                 rows.append(row("plan", f"{side} {gradient}", settings, "ms", [1000 * seconds], efficiency=compute / seconds, nodes=nodes))
     return rows
 

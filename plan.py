@@ -78,14 +78,15 @@ def traffic(batch_size, d, columns, gradient_bytes):
     return parts
 
 
-def predicted(compute, traffic, ranks, buckets, alpha, bandwidth):
+def predicted(compute, traffic, ranks, buckets, alpha, bandwidth, hide=2 / 3):
     """Seconds of a step. A collective takes alpha per message of its ring, K-1 of an all-gather and 2(K-1) of an all-reduce, and its bytes'
-    time. The u-state hides behind the forward pass. Gradients hide behind the backward pass, two thirds of `compute`, but for the last bucket."""
+    time. The u-state hides behind the forward pass. Gradients hide behind the backward pass, the share `hide` of `compute`, but for the last bucket. (On a CPU hide
+    is 0: what sends is what computes.)"""
     seconds = lambda name, messages: messages * (ranks - 1) * alpha + traffic[name] / bandwidth if name in traffic else 0.0
     apart = 2 if "feature gradients" in traffic else 1              # open_clip sends those of images and those of texts
     exposed = sum(seconds(name, apart) for name in ("ids", "features", "scalars", "feature gradients"))
     gradients = seconds("gradients", 2 * buckets)
-    return compute + exposed + max(gradients / buckets, gradients - 2 / 3 * compute)
+    return compute + exposed + max(gradients / buckets, gradients - hide * compute)
 
 
 def size(count):

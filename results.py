@@ -42,7 +42,7 @@ def machine():
 def commit():
     here = os.path.dirname(os.path.abspath(__file__))
     git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=here).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", ":!assets") else "")
 
 
 def check(out):
@@ -130,10 +130,10 @@ def picture(rows, out):
     axis.set_yticks(range(len(wires)), [f"{r['side']} {r['settings']['grad_wire']}" for r in wires], fontsize=8)
     axis.set(title=f"sent in a step by one of 8 ranks, {wires[0]['at_8_ranks']['batch'] if wires else 0} pairs each", xlabel="MB", xscale="log")
     axis.invert_yaxis()
-    name = lambda r: f"{r['side']} {r['settings']['grad_wire']}"
-    axis, parts = axes[1, 2], [(name(r), {k: v for k, v in r["parts_ms"].items() if k != "hidden"}) for r in of("breakdown")]
-    stack(axis, parts)
-    for i, r in enumerate(of("breakdown")):     # what lies beside the computation, not behind it
+    name, divided = lambda r: f"{r['side']} {r['settings']['grad_wire']}", [r for r in of("breakdown") if r["settings"]["bucket_mb"] == 25]
+    axis = axes[1, 2]
+    stack(axis, [(name(r), {k: v for k, v in r["parts_ms"].items() if k != "hidden"}) for r in divided])
+    for i, r in enumerate(divided):             # what lies beside the computation, not behind it
         axis.barh(i + 0.38, r["parts_ms"]["hidden"], 0.12, color="black", label="communication, hidden" if i == 0 else None)
     axis.set(title="where a step's time goes", xlabel="ms")
     axis = axes[1, 3]
