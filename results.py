@@ -112,7 +112,7 @@ def picture(rows, out):
     steps = lambda r: f"{r['settings']['model']}\nbatch {r['settings']['batch']}"
     bars(axes[0, 0], of("step"), steps, lambda r: r["median"], "training step", "samples/s", ratio)
     bars(axes[0, 1], of("step"), steps, lambda r: r["peak_bytes"] / 1e9, "memory at its peak", "GB")
-    bars(axes[0, 2], of("loader"), lambda r: f"{r['settings']['source']}\n{r['settings']['workers'] or 'no'} workers", lambda r: r["median"],
+    bars(axes[0, 2], of("loader"), lambda r: f"{r['settings']['source'].replace(' ', chr(10), 1)}\n{str(r['settings']['workers']) + ' workers' if r['settings']['workers'] else 'one core'}", lambda r: r["median"],
          "tar to ready batch", "images/s", ratio)
     losses = of("loss")
     B0 = statistics.mode([r["settings"]["b"] for r in losses]) if losses else 0
@@ -141,12 +141,15 @@ def picture(rows, out):
         for link, style in zip(sorted({r["settings"]["gbit"] for r in of("plan") if "nodes" in r}), (":", "--", "-")):
             mine = [r for r in of("plan") if r["side"] == side and r["settings"].get("gbit") == link]
             axis.plot([r["nodes"] for r in mine], [r["efficiency"] for r in mine], style, color=f"C{i}", label=f"{side}, {link} Gbit/s")
-    axis.set(title="projected: computing's share of a step", xlabel="nodes of 8 GPUs", xscale="log", ylim=(0, 1.02))
+    B = next((r["settings"]["B"] for r in of("plan") if "nodes" in r), 0)
+    axis.set(title=f"projected share of computing, B = {B:,}", xlabel="nodes of 8 GPUs", xscale="log", ylim=(0, 1.02))
     axis.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
+    axes[0, 2].margins(y=0.3)
+    places = {axes[1, 1]: (0.66, 0.35), axes[1, 2]: "upper right", axes[0, 2]: "upper center"}       # where nothing is drawn
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc=places.get(axis, "best"), ncols=2 if axis is axes[0, 2] else 1)
     figure.savefig(out, dpi=90)
     plt.close(figure)
 
