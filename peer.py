@@ -64,6 +64,8 @@ def create(name, numbers, package=None):
     if config is None:
         raise ConfigError(f"open_clip has no model {name!r}")
     for key, value in numbers.items():
+        if key not in NUMBERS:
+            raise ConfigError(f"{key} is no number of an open_clip model: in --numbers change {', '.join(NUMBERS)}")
         part, there = NUMBERS[key]
         (config[part] if part else config)[there] = list(value) if isinstance(value, tuple) else value
     return package.CLIP(**config, output_dict=True)

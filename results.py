@@ -81,7 +81,7 @@ SHOWN = {"ratio": "{:.2f} x", "cpu_ratio": "{:.2f} x in CPU time", "mfu": "MFU {
 
 def table(rows):
     for r in rows:
-        settings = " ".join(f"{k}={v}" for k, v in r["settings"].items() if k not in ("model", "source", "precision"))
+        settings = " ".join(f"{k}={v}" for k, v in r["settings"].items() if k not in ("model", "source") and v != "fp32")
         more = [form.format(r[k]) for k, form in SHOWN.items() if k in r] + [f"peak {plan.size(r.get('peak_bytes', 0))}"] * ("peak_bytes" in r)
         name = r["settings"].get("model", r["settings"].get("source", ""))
         value = plan.size(r["median"]) if r["unit"] == "bytes" else f"{r['median']:.4g} {r['unit']}"
@@ -109,7 +109,7 @@ def picture(rows, out):
         axis.set_xticks(range(len(groups)), groups, fontsize=8)
         axis.set(title=title, ylabel=unit)
     ratio = lambda r: f"{r['ratio']:.2f}x" if r["side"].startswith("ours") else ""
-    steps = lambda r: f"{r['settings']['model']}\nbatch {r['settings']['batch']}"
+    steps = lambda r: f"{r['settings']['model']}\nbatch {r['settings']['batch']}" + (f"\n{r['settings']['precision']}" if r["settings"]["precision"] != "fp32" else "")
     bars(axes[0, 0], of("step"), steps, lambda r: r["median"], "training step", "samples/s", ratio)
     bars(axes[0, 1], of("step"), steps, lambda r: r["peak_bytes"] / 1e9, "memory at its peak", "GB")
     bars(axes[0, 2], of("loader"), lambda r: f"{r['settings']['source'].replace(' ', chr(10), 1)}\n{str(r['settings']['workers']) + ' workers' if r['settings']['workers'] else 'one core'}", lambda r: r["median"],
@@ -129,13 +129,13 @@ def picture(rows, out):
         axis.scatter(*zip(*points), s=60, color=f"C{i}", label=purpose)
     axis.set_yticks(range(len(wires)), [f"{r['side']} {r['settings']['grad_wire']}" for r in wires], fontsize=8)
     axis.set(title=f"sent in a step by one of 8 ranks, {wires[0]['at_8_ranks']['batch'] if wires else 0} pairs each", xlabel="MB", xscale="log")
-    axis.invert_yaxis()
+    axis.set_ylim(len(wires) - 0.5, -2.5)       # from above, with room for what the colours mean
     name, divided = lambda r: f"{r['side']} {r['settings']['grad_wire']}", [r for r in of("breakdown") if r["settings"]["bucket_mb"] == 25]
     axis = axes[1, 2]
     stack(axis, [(name(r), {k: v for k, v in r["parts_ms"].items() if k != "hidden"}) for r in divided])
     for i, r in enumerate(divided):             # what lies beside the computation, not behind it
         axis.barh(i + 0.38, r["parts_ms"]["hidden"], 0.12, color="black", label="communication, hidden" if i == 0 else None)
-    axis.set(title="where a step's time goes", xlabel="ms")
+    axis.set(title="where a step's time goes", xlabel="ms", xlim=(0, 1.25 * max((r["median"] for r in divided), default=1)))
     axis = axes[1, 3]
     for i, side in enumerate(dict.fromkeys(r["side"] for r in of("plan") if "nodes" in r)):
         for link, style in zip(sorted({r["settings"]["gbit"] for r in of("plan") if "nodes" in r}), (":", "--", "-")):
@@ -145,11 +145,12 @@ def picture(rows, out):
     axis.set(title=f"projected share of computing, B = {B:,}", xlabel="nodes of 8 GPUs", xscale="log", ylim=(0, 1.02))
     axis.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
     axes[0, 2].margins(y=0.3)
-    places = {axes[1, 1]: (0.66, 0.35), axes[1, 2]: "upper right", axes[0, 2]: "upper center"}       # where nothing is drawn
+    places = {axes[0, 2]: ("upper center", 2), axes[1, 1]: ("upper center", 4), axes[1, 2]: ("upper right", 1)}     # where nothing is drawn
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7, loc=places.get(axis, "best"), ncols=2 if axis is axes[0, 2] else 1)
+            where, columns = places.get(axis, ("best", 1))
+            axis.legend(fontsize=7, loc=where, ncols=columns)
     figure.savefig(out, dpi=90)
     plt.close(figure)
 
