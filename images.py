@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
 
 from config import ConfigError
@@ -199,7 +200,7 @@ def batched(crops):
     if isinstance(crops[0], tuple):
         parts, boxes = zip(*crops)
         return Encoded(torch.cat(parts), torch.tensor([len(part) for part in parts]), torch.stack(boxes))
-    return torch.stack([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)
+    return default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)      # torch.stack; a worker's, into shared memory
 
 
 def on_device(parts, device):
