@@ -6,6 +6,8 @@ import traceback
 
 import torch
 
+import dist
+
 
 def run_ranks(world_size, function, *args):
     """function(*args) on `world_size` ranks -> list of its return values by rank. The function must be importable."""
@@ -32,7 +34,7 @@ def _rank(rank, world_size, folder, function, args):
     c10d.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         result = function(*args)
+        dist.shutdown()                         # nobody goes while another is still at it
     except BaseException:
         result = traceback.format_exc()
     torch.save(result, os.path.join(folder, f"{rank}.pt"))
-    c10d.destroy_process_group()
