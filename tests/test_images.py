@@ -169,6 +169,9 @@ def test_what_the_device_decodes(device):
     assert torch.equal(crops[1], crops[2]) and torch.equal(crops[4], crops[0])
     with pytest.raises(images.BadSample):
         images.encoded_crop(contents[3][:-500], *sizes[3], np.random.default_rng(0), 64, (0.5, 1.0))     # broken off: seen before a GPU sees it
+    large = photo(3, 900, 800)                                                                # to a fiftieth: by way of an average of 3 x 3 pixels
+    crop = images.batched([images.encoded_crop(large, 800, 900, np.random.default_rng(3), 16, (0.9, 1.0))])
+    assert distance(images.decoded_on_device([crop], 16, torch.device(device))[0][0].cpu(), crop_of(large, 3, 16, scale=(0.9, 1.0))) < 1.5
     with pytest.raises(images.BadSample, match="none of the 1 images"):
         images.decoded_on_device([images.batched(cut[1:2])], 64, torch.device(device))
 
