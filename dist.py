@@ -7,6 +7,9 @@ loss.py hands out feature gradients explicitly, so all that is sent in a step st
 import contextlib
 import datetime
 import os
+import shutil
+import sys
+import sysconfig
 import threading
 from collections import Counter
 
@@ -30,6 +33,17 @@ def precision(name, device):
     if name == "fp16" and device.type == "cpu":
         raise ConfigError("precision = 'fp16' needs a GPU; on the CPU use fp32 or bf16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def compiles(setting, device):
+    """config.compile -> whether to compile on `device`. "auto" does without where torch's compiler has nothing to build with, and says so."""
+    if setting != "auto" or device.type != "cuda":
+        return setting is True
+    missing = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
+    missing += [] if os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")) else ["Python.h"]
+    if missing and rank() == 0:
+        print(f"training without torch.compile, and slower: it needs {' and '.join(missing)} (Debian, Ubuntu: apt install gcc python3-dev)", file=sys.stderr)
+    return not missing
 
 
 def autocast(dtype, device):
@@ -63,6 +77,9 @@ def init(device="auto", timeout=600.0):
     if gpus:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True           # a convolution meets the same shape in every step: find its fastest algorithm once
+        # cuDNN's attention, torch's first choice on an H100 or H200, has open bugs for one query and for masks that make NaN gradients
+        # (github.com/NVIDIA/cudnn-frontend/issues/1072, github.com/pytorch/pytorch/issues/196678), and plans anew for each length.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ and not c10d.is_initialized():
         # The watchdog ends a rank after `timeout`, and says why. The backends' own time-outs come later: they say nothing.
         c10d.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=timeout + 60))

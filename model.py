@@ -303,9 +303,10 @@ class CLIP(nn.Module):
         One by one, so that gradients appear, and are reduced, all along the backward pass. Equal blocks are compiled once.
         """
         torch._dynamo.config.cache_size_limit = 64          # 4 stages x (train, eval, other batch sizes) pass torch's limit, 8
+        fixed = set(self.visual.modules())                  # left to itself, torch makes one slower graph for stages of several sizes
         for module in self.modules():
             if isinstance(module, (Block, Stage, TimmTower)):
-                module.compile(**options)
+                module.compile(dynamic=False if module in fixed else None, **options)
 
 def create(name, tau_init=0.07, **overrides):
     """-> CLIP in float32, new weights from torch's random generator: seed it before. logit_scale is ln(1 / tau_init).

@@ -79,6 +79,7 @@ class Trainer:
         """batch: per rank. count: add up what is sent in `self.traffic`, by purpose. clone: a folder with the released code, for one rank."""
         if device.type == "cuda":                                   # as both of their main()s do
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+            torch.backends.cuda.enable_cudnn_sdp(True)              # torch's default, which dist.init changes
         elif clone and precision != "fp32":
             raise ConfigError("the released code computes in float32 on a CPU, whatever it is asked for: leave --precision or --released")
         if clone:

@@ -130,7 +130,7 @@ def main(argv):
             raise ConfigError(f"{start_from} is at step {step}, this run ends at step {total_steps}: raise max_steps or epochs, or start from an earlier one")
         dist.check_same_weights(model)
         model.set_grad_checkpointing(c.grad_checkpointing)
-        if c.compile is True or (c.compile == "auto" and device.type == "cuda"):
+        if dist.compiles(c.compile, device):
             model.compile_blocks()
         reducer = dist.GradReducer([p for p in model.parameters() if p is not model.logit_scale], c.bucket_mb,
                                    torch.bfloat16 if c.grad_wire == "bf16" else torch.float32)
@@ -141,7 +141,7 @@ def main(argv):
         log = watch.Log(c, order, total_steps, step, model, dtype, device, log_state)
 
         def evaluate():
-            with log.pause():
+            with log.pause(), torch.compiler.set_stance("force_eager"):        # other batches than in training: not worth graphs of their own
                 watchdog.beat(f"step {step}, evaluating")
                 with dist.averaged_batchnorm(model):
                     results = evaluation.evaluate(model, c, device, autocast, step == total_steps, watchdog.beat)

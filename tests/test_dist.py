@@ -104,3 +104,17 @@ def test_a_gpu_that_is_not_there_is_refused():
         pytest.skip("there is a GPU")
     with pytest.raises(dist.ConfigError, match="--device=cpu"):
         dist.init("cuda")
+
+
+def test_compiling_needs_something_to_build_with(monkeypatch, tmp_path, capsys):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert dist.compiles(True, cpu) and not dist.compiles("auto", cpu) and not dist.compiles(False, gpu) and not capsys.readouterr().err
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(dist.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", "cc")
+    assert dist.compiles("auto", gpu) and not capsys.readouterr().err
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(dist.shutil, "which", lambda _: None)
+    assert not dist.compiles("auto", gpu) and "it needs a C compiler (" in capsys.readouterr().err
+    (tmp_path / "Python.h").unlink()
+    assert not dist.compiles("auto", gpu) and "it needs a C compiler and Python.h (" in capsys.readouterr().err
