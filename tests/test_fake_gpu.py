@@ -19,6 +19,8 @@ import model as models
 import optim
 import train
 
+pytestmark = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+                                reason="in old torch (seen in 2.6, not in 2.11) fake CUDA tensors need a driver to be filled")
 BATCH, LENGTH, TOKENS = 8, 24, 8 * 12
 
 
