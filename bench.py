@@ -6,7 +6,7 @@
     python bench.py wire                                  bytes per step by purpose, counted, for every algorithm
     python bench.py breakdown                             where a step's time goes, on --ranks processes
     python bench.py plan                                  a step predicted, checked against a real run, projected over nodes
-    python bench.py all                                   all of it, for the README (half an hour on two cores)
+    python bench.py all                                   all of it, for the README (half an hour on two cores; on GPUs at their sizes)
 
 Each side has a fresh process of its own, in which its memory is measured (on a GPU the allocator's peak, on a CPU the most that was
 resident), and the sides take turns, so that what else the machine does meets both: `ratio` is the median over the rounds of the ratio
@@ -58,6 +58,7 @@ def step_worker(a, side):
         trainer = lab.theirs(a, cycle(batches), compiled=compiled, clone=clone)
     trainer.run(warm_up)
     lab.forget_peak(device)
+    torch.cuda.empty_cache()                            # all sides' processes live side by side on one GPU
     yield
     while True:
         if device.type == "cuda":                       # what the allocator gave back for the others' turns
@@ -67,7 +68,7 @@ def step_worker(a, side):
         trainer.run(steps)
         watch.synchronize(device)
         seconds, cpu = (time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps
-        torch.cuda.empty_cache()                        # all sides' processes live side by side on one GPU
+        torch.cuda.empty_cache()
         yield seconds, lab.memory(device), rate, cpu
 
 
@@ -145,15 +146,7 @@ def loss_worker(a, side, d):
         else:
             loss, ids = ContrastiveLoss("fastclip-v3", b, device=device, tile=a.tile if "tile" in side else 0), torch.arange(b)
             once = lambda: loss(*features, logit_scale, loss.lookup(ids), 0.5)
-        once()
-        watch.synchronize(device)
-        start, times = time.perf_counter(), 0
-        while times < 1 or (times < 20 and time.perf_counter() - start < 0.5):
-            once()
-            watch.synchronize(device)
-            times += 1
-        seconds = (time.perf_counter() - start) / times
-        request = yield seconds, lab.peak_of(once, device)
+        request = yield lab.seconds_of(once, device), lab.peak_of(once, device)
 
 
 def loss(a):
@@ -232,15 +225,16 @@ def breakdown_rank(a, shards, sides):
     device, rounds = dist.init(a.device), {side: [] for side in sides}
     image_size, context_length, *_ = lab.shape_of(a)
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    workers = a.workers or (data.default_workers() if device.type == "cuda" else 1)
     for side, grad_wire in sides:
         if side == "open_clip":
-            loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, a.workers or 1)
+            loader, _ = peer.pipeline(shards, 10 ** 6, a.batch, image_size, context_length, workers)
             trainer = lab.theirs(a, iter(loader))
         else:
             order = data.Order(load_index(shards), a.batch * dist.world_size())
-            loader = data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=a.workers or 1, device=device,
+            loader = data.Loader(order, image_size, context_length, rank=dist.rank(), world_size=dist.world_size(), workers=workers, device=device,
                                  num_steps=10 ** 6)
-            trainer = lab.Ours(a, iter(loader), side, grad_wire=grad_wire, bucket_mb=a.bucket_mb)
+            trainer = lab.Ours(a, iter(loader), side, num_samples=order.num_samples, grad_wire=grad_wire, bucket_mb=a.bucket_mb)
         trainer.run(2)
         for _ in range(a.rounds):
             dist.barrier()
@@ -339,9 +333,12 @@ def plan_mode(a):
 MODES = {"step": step, "loader": loader, "loss": loss, "wire": wire, "breakdown": breakdown, "plan": plan_mode}
 DEFAULTS = {"step": dict(model="ViT-B-32", batch=32), "loader": dict(batch=64), "loss": dict(model="ViT-B-16", batch=640),
             "wire": dict(model="ViT-B-32", batch=4), "breakdown": dict(model="ViT-B-32", batch=8), "plan": dict(model="ViT-B-32", batch=8)}
-EVERYTHING = [("step", dict(model="ViT-B-32", batch=32)), ("step", dict(model="RN50", batch=16)), ("step", dict(model="ViT-B-16", batch=16)),
-              ("loader", dict(size=256)), ("loader", dict(size=512)), ("loader", dict(size=256, workers=2)), ("loss", {}), ("wire", {}),
-              ("breakdown", {}), ("plan", dict(numbers=dict(vision_layers=3, text_layers=3)))]
+LOADERS = [("loader", dict(size=256)), ("loader", dict(size=512)), ("loader", dict(size=256, workers=2))]
+EVERYTHING = [*(("step", dict(model=model, batch=b)) for model, b in (("ViT-B-32", 32), ("RN50", 16), ("ViT-B-16", 16))), *LOADERS, ("loss", {}),
+              ("wire", {}), ("breakdown", {}), ("plan", dict(numbers=dict(vision_layers=3, text_layers=3)))]
+ON_A_GPU = [*(("step", dict(model=model, batch=b, compiled=True)) for model, b in (("ViT-B-16", 640), ("ViT-B-32", 256), ("ViT-B-32", 512), ("RN50", 128))),
+            *LOADERS, ("loss", {})]
+ON_GPUS = [("wire", dict(batch=256)), ("breakdown", dict(batch=256)), ("plan", dict(batch=256, check_ranks=[2]))]
 
 
 def parse(argv):
@@ -352,7 +349,7 @@ def parse(argv):
     add("--model", help="step: ViT-B-32; loss (whose step it is a share of): ViT-B-16; wire, breakdown, plan: ViT-B-32")
     add("--batch", type=int, help="samples of a rank in a step; loss: b")
     add("--numbers", type=lab.numbers, default={}, help="change the model: vision_layers=2,text_layers=2")
-    add("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="without: bf16 on a GPU, fp32 on a CPU")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--algorithm", default="fastclip-v3", choices=list(ALGORITHMS))
     add("--grad_wire", default="fp32", choices=["fp32", "bf16"], help="plan: the type in which gradients travel")
@@ -378,7 +375,9 @@ def parse(argv):
     add("--out", help="assets/bench_cpu.json, or bench_gpu.json where there is a GPU")
     add("--plot", help="as --out, .png")
     a = parser.parse_args(argv)
-    a.out = a.out or f"assets/bench_{'gpu' if lab.device_of(a).type == 'cuda' else 'cpu'}.json"
+    on_gpu = lab.device_of(a).type == "cuda"
+    a.precision = a.precision or ("bf16" if on_gpu else "fp32")
+    a.out = a.out or f"assets/bench_{'gpu' if on_gpu else 'cpu'}.json"
     a.plot = a.plot or os.path.splitext(a.out)[0] + ".png"
     if {"wire": a.ranks, "plan": min(a.check_ranks)}.get(a.mode, 2) < 2:
         raise ConfigError(f"{a.mode} measures what is sent between ranks: it needs 2 of them or more")
@@ -390,7 +389,8 @@ def main(argv):
     peer.load()
     results.check(a.out)
     given = {} if a.mode == "all" else {name: value for name, value in vars(a).items() if value is not None}
-    for mode, settings in EVERYTHING if a.mode == "all" else [(a.mode, {})]:
+    everything = ON_A_GPU + ON_GPUS * (torch.cuda.device_count() > 1) if lab.device_of(a).type == "cuda" else EVERYTHING
+    for mode, settings in everything if a.mode == "all" else [(a.mode, {})]:
         rows = MODES[mode](lab.changed(a, **{**DEFAULTS[mode], **given, **settings}))
         results.table(rows)
         results.picture(results.save(rows, a.out), a.plot)

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import tarfile
+import time
 import traceback
 from io import BytesIO
 from itertools import cycle, islice
@@ -28,6 +29,7 @@ import dist
 import model as models
 import optim
 import peer
+import watch
 from config import ConfigError
 from images import resize
 from loss import ContrastiveLoss
@@ -156,6 +158,23 @@ def memory(device):
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 
 
+def seconds_of(function, device):
+    """How long a call takes, not the first: the mean over half a second or 20 calls. On a GPU, for how long it is busy with one, because in a
+    training step the host queues such a call while the towers are still at work."""
+    function()
+    watch.synchronize(device)
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+            function()
+            watch.synchronize(device)
+        return parts_of(profile.events(), 0.0, on_gpu=True)["compute"]
+    start, times = time.perf_counter(), 0
+    while times < 1 or (times < 20 and time.perf_counter() - start < 0.5):
+        function()
+        times += 1
+    return (time.perf_counter() - start) / times
+
+
 def peak_of(function, device):
     """The most bytes that tensors take at once while function() runs, beyond what they took before; exact, as their allocators say."""
     if device.type == "cuda":
@@ -261,7 +280,7 @@ def made_batches(image_size, context_length, batch, count=4):
 class Ours:
     """train.train_step, set up as train.main does, on data.Batches from an endless iterator."""
 
-    def __init__(self, a, batches, algorithm="fastclip-v3", compiled=False, **settings):
+    def __init__(self, a, batches, algorithm="fastclip-v3", compiled=False, num_samples=4096, **settings):
         self.c = c = configs.Config(model=a.model, algorithm=algorithm, batch_size=a.batch * dist.world_size(), precision=a.precision,
                                     warmup_steps=100, lr=1e-4, **a.numbers, **settings)
         torch.manual_seed(0)
@@ -272,7 +291,7 @@ class Ours:
             self.model.to(memory_format=torch.channels_last)
         dist.broadcast_weights(self.model)
         self.optimizer = optim.create(self.model, c)
-        self.loss = ContrastiveLoss(algorithm, 4096, device=self.device, tile=c.loss_tile)
+        self.loss = ContrastiveLoss(algorithm, num_samples, device=self.device, tile=c.loss_tile)
         if compiled:
             self.model.compile_blocks()
         self.reducer = dist.GradReducer([p for p in self.model.parameters() if p is not self.model.logit_scale], c.bucket_mb,
