@@ -40,7 +40,8 @@ class Watchdog:
             store = c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                   timeout=datetime.timedelta(seconds=timeout))
             self.store = c10d.PrefixStore("watchdog/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            threading.Thread(target=self.talk, daemon=True).start()
+            self.talker = threading.Thread(target=self.talk, daemon=True)
+            self.talker.start()
         threading.Thread(target=self.watch, daemon=True).start()         # its own thread: a store may be out of reach for minutes
 
     def beat(self, where):
@@ -50,6 +51,7 @@ class Watchdog:
         """Leave in good order: from now on nobody is missed."""
         self.done.set()
         if self.store:
+            self.talker.join(5.0)           # Python aborts when it ends while a thread is in the C++ of a store
             bounded(lambda: self.store.set(str(dist.rank()), GONE), 5.0)
 
     def watch(self):

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
+import torch.distributed as c10d
 from torch import nn
 
 import dist
+import watchdog
 from ranks import run_ranks
 
 
@@ -97,6 +101,25 @@ def test_the_watchdog_names_the_step():
     code = "import watchdog, time; w = watchdog.Watchdog(0.5); w.beat('step 7'); time.sleep(20)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1 and "nothing has finished for 0 s after step 7" in run.stderr.replace("0.5", "0")
+
+
+def test_the_watchdog_is_out_of_its_store_when_it_stops(monkeypatch):
+    """A thread that Python finds there when it ends aborts the process, after a run that was done."""
+    store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    check, entered = c10d.PrefixStore.check, threading.Event()
+
+    def slow_check(self, keys):
+        entered.set()
+        time.sleep(0.5)
+        return check(self, keys)
+    monkeypatch.setattr(c10d.PrefixStore, "check", slow_check)
+    dog = watchdog.Watchdog(1.0)
+    assert entered.wait(10)
+    dog.stop()
+    assert not dog.talker.is_alive() and store.get("watchdog/0/0") == b"gone"
 
 
 def test_a_gpu_that_is_not_there_is_refused():
