@@ -548,10 +548,10 @@ def test_a_scaler_that_finds_its_scale(tmp_path, sets, fault, monkeypatch):     
 def test_a_slow_start_is_no_hang(tmp_path, sets):                                               # noqa: F811
     """Indexing that takes longer than the time-out, but goes on, on the first of two ranks; and one that does not go on."""
     folder = os.path.dirname(sets["train_data"])
-    slow = f"pipe:f={folder}/{{00000..00003}}.tar; n=$(basename $f .tar); [ -e $f.seen ] || sleep $((5 * (1 + $n))); touch $f.seen; cat $f"
-    ok = ends(start("train.py", [], str(tmp_path / "a"), {"train_data": slow}, 2, timeout=15, max_steps=1, epochs=1))
+    slow = f"pipe:f={folder}/{{00000..00003}}.tar; n=$(basename $f .tar); [ -e $f.seen ] || sleep $((3 * (1 + $n))); touch $f.seen; cat $f"
+    ok = ends(start("train.py", [], str(tmp_path / "a"), {"train_data": slow}, 2, timeout=8, max_steps=1, epochs=1))
     assert [status for status, _ in ok] == [0, 0], ok
-    hung = ends(start("train.py", [], str(tmp_path / "b"), {"train_data": f"pipe:sleep 100; cat {folder}/00000.tar"}, 2, timeout=10, max_steps=1, epochs=1))
+    hung = ends(start("train.py", [], str(tmp_path / "b"), {"train_data": f"pipe:sleep 20; cat {folder}/00000.tar"}, 2, timeout=8, max_steps=1, epochs=1))
     assert [status for status, _ in hung] == [1, 1] and "start-up" in hung[0][1], hung
 
 
