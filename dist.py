@@ -4,6 +4,7 @@ Without torchrun there is one process and every collective is the identity. No c
 loss.py hands out feature gradients explicitly, so all that is sent in a step stands in this file to be read.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -11,12 +12,13 @@ import shutil
 import sys
 import sysconfig
 import threading
+import traceback
 from collections import Counter
 
 import torch
 import torch.distributed as c10d
 
-from config import ConfigError
+from config import ConfigError, or_exit
 
 # Bytes that this rank has sent, by purpose ("features", "gradients", ...), counted where they are sent, for the usual ring
 # algorithms: an all-gather sends (K-1) times the local part, an all-reduce 2(K-1)/K times the tensor.
@@ -86,14 +88,34 @@ def init(device="auto", timeout=600.0):
     return torch.device("cuda", local_rank) if gpus else torch.device("cpu")
 
 
-def shutdown():
-    """Leave the group together: nobody goes while another still waits for it."""
-    barrier()
-    if c10d.is_initialized() and torch.cuda.is_available():     # gloo needs no farewell; torch 2.6's was seen to hang in one
-        c10d.destroy_process_group()
+def run(main, argv):
+    """main(argv), as the program of each rank: a ConfigError is one line on stderr. Does not return to a process that has joined a group."""
+    try:
+        or_exit(main, argv)
+        status = 0
+    except BaseException as error:
+        if not c10d.is_initialized():
+            raise
+        status = error.code or 0 if isinstance(error, SystemExit) else traceback.format_exc()
+    if c10d.is_initialized():
+        leave(status)
+
+
+def leave(status=0):
+    """sys.exit(status) for a rank, which must not take Python apart: a gloo thread that lets go of its last tensor only then would abort
+    the process, though its work was done (torch 2.11 and 2.15). To wait for these threads there is only destroy_process_group, in
+    which torch 2.6 hangs. A rank that others may still need waits for them first, in barrier()."""
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)
+    threading._shutdown()               # as at Python's own end: wait for threads that are no daemons (a checkpoint's writer),
+    atexit._run_exitfuncs()             # and call what libraries have left to be called
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def barrier():
+    """Wait for all ranks."""
     if world_size() > 1:
         calls["barrier"] += 1
         c10d.all_reduce(torch.zeros(1))              # on the CPU, by gloo: needs no device and cannot be reordered by one

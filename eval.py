@@ -212,8 +212,8 @@ def main(argv):
     results = evaluate(model, c, device, dist.autocast(dist.precision(c.precision, device), device), picture=True)
     if dist.rank() == 0:
         print(f"{folder} on {' '.join(c.eval_data)}\n{table(results)}\n  {c.out_dir}/eval.json, {c.out_dir}/retrieval.png")
-    dist.shutdown()
+    dist.barrier()                                       # nobody goes while another may still need it
 
 
 if __name__ == "__main__":
-    configs.or_exit(main, sys.argv[1:])
+    dist.run(main, sys.argv[1:])

@@ -90,6 +90,7 @@ def serve(pipe, function, args):
             except Exception as error:
                 value = error if isinstance(error, ConfigError) else RuntimeError(traceback.format_exc())
             pipe.send(value)
+    dist.leave()
 
 
 def take_turns(sides, requests, label):

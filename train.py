@@ -197,7 +197,7 @@ def main(argv):
             late = step == last_step or time.monotonic() - started > configs.stop_seconds(c)
             log.left(step, stop.asked or (f"stop_after = {c.stop_after}" if late else "another rank was asked to stop"))
         watchdog.beat(LEAVING)
-        dist.shutdown()
+        dist.barrier()                                           # nobody goes while another may still need it
     except (Exception, KeyboardInterrupt) as error:
         if saver and (isinstance(error, watch.BadRun) or dist.world_size() == 1):
             saver.commit()                                       # what is being written is from before the error, and every rank is here
@@ -238,4 +238,4 @@ class StopSignals:
 
 
 if __name__ == "__main__":
-    configs.or_exit(main, sys.argv[1:])
+    dist.run(main, sys.argv[1:])

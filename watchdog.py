@@ -51,7 +51,7 @@ class Watchdog:
         """Leave in good order: from now on nobody is missed."""
         self.done.set()
         if self.store:
-            self.talker.join(5.0)           # Python aborts when it ends while a thread is in the C++ of a store
+            self.talker.join(5.0)           # else its last pulse may come after this
             bounded(lambda: self.store.set(str(dist.rank()), GONE), 5.0)
 
     def watch(self):

@@ -66,4 +66,4 @@ def parse(text):
 
 if __name__ == "__main__":
     install(parse(sys.argv[1]))
-    config.or_exit(train.main, sys.argv[2:])
+    dist.run(train.main, sys.argv[2:])

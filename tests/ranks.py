@@ -34,7 +34,8 @@ def _rank(rank, world_size, folder, function, args):
     c10d.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         result = function(*args)
-        dist.shutdown()                         # nobody goes while another is still at it
+        dist.barrier()                          # nobody goes while another is still at it
     except BaseException:
         result = traceback.format_exc()
     torch.save(result, os.path.join(folder, f"{rank}.pt"))
+    dist.leave()

@@ -1,5 +1,7 @@
 """dist.py: the overlapped gradient mean, its bf16 wire, the weight check, BatchNorm averaging, the byte counter, the watchdog."""
 
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from torch import nn
 
 import dist
 import watchdog
+from conftest import ROOT
 from ranks import run_ranks
 
 
@@ -103,8 +106,36 @@ def test_the_watchdog_names_the_step():
     assert run.returncode == 1 and "nothing has finished for 0 s after step 7" in run.stderr.replace("0.5", "0")
 
 
+@pytest.mark.parametrize("last, status, words", [
+    ("print('done')", 0, "done"), ("raise ConfigError('no such shard')", 1, "error: no such shard"), ("sys.exit(3)", 3, ""),
+    ("raise ValueError('broken')", 1, "ValueError: broken")])
+def test_a_rank_ends_whatever_its_threads_do(last, status, words):
+    """Python aborts when it takes itself apart and finds a thread that comes out of torch's C++. A file in the making is still written."""
+    code = f"""
+import atexit, sys, threading, time
+import dist, torch.distributed as c10d
+from config import ConfigError
+
+def main(argv):
+    dist.init("cpu")
+    store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(4):
+        threading.Thread(target=lambda: [store.check(["x"]) for _ in iter(int, 1)], daemon=True).start()
+    threading.Thread(target=lambda: (time.sleep(1), print("written"))).start()
+    atexit.register(print, "farewell")
+    {last}
+
+dist.run(main, [])
+"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": ROOT}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert run.returncode == status and words in run.stdout + run.stderr and run.stdout.endswith("written\nfarewell\n"), run
+
+
 def test_the_watchdog_is_out_of_its_store_when_it_stops(monkeypatch):
-    """A thread that Python finds there when it ends aborts the process, after a run that was done."""
+    """A pulse after the farewell would leave a rank that seems to have gone silent."""
     store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
