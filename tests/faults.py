@@ -15,7 +15,7 @@ import time
 
 import torch
 
-import config
+import dist
 import train
 
 plain_step, leaked = train.train_step, []
