@@ -89,16 +89,19 @@ def init(device="auto", timeout=600.0):
 
 
 def run(main, argv):
-    """main(argv), as the program of each rank: a ConfigError is one line on stderr. Does not return to a process that has joined a group."""
+    """main(argv), and then the end of this process, which may have become a rank; a ConfigError is one line on stderr."""
+    status = 0
     try:
         or_exit(main, argv)
-        status = 0
-    except BaseException as error:
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
         if not c10d.is_initialized():
             raise
-        status = error.code or 0 if isinstance(error, SystemExit) else traceback.format_exc()
+        status = traceback.format_exc()
     if c10d.is_initialized():
         leave(status)
+    sys.exit(status)
 
 
 def leave(status=0):

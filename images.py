@@ -226,7 +226,8 @@ def decoded_on_device(parts, size, device):
             top, left, h, w, *declared = boxes[i]
             if image is not None and list(image.shape[1:]) == declared:
                 crop = image[None, :, top:top + h, left:left + w].float()               # CUDA resizes floats only, and not to a fiftieth
-                crop = torch.nn.functional.avg_pool2d(crop, max(1, min(h, w) // (16 * size)))
+                if min(h, w) >= 32 * size:
+                    crop = torch.nn.functional.avg_pool2d(crop, min(h, w) // (16 * size))
                 crop = torch.nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
                 crops[i].copy_(crop.round_().clamp_(0, 255).permute(1, 2, 0))
                 good.append(i)

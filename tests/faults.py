@@ -24,7 +24,7 @@ plain_step, leaked = train.train_step, []
 def install(faults):
     """faults: {(step, rank): name} -> train.train_step does them, once."""
     def step_with_faults(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, *rest):
-        rank = train.dist.rank()
+        rank = dist.rank()
         if "FASTCLIP_IDS" in os.environ:
             with open(os.environ["FASTCLIP_IDS"], "a") as f:
                 f.write(" ".join(map(str, batch.ids.tolist())) + "\n")
