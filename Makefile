@@ -10,7 +10,7 @@ RUN = .venv/bin/python
 .PHONY: quickstart test soak clean
 
 quickstart: .venv/data
-	$(RUN) prepare.py emoji
+	$(RUN) -m tools.prepare emoji
 	$(RUN) train.py configs/emoji_v3.py --out_dir=runs/quickstart --resume=auto
 	$(RUN) eval.py runs/quickstart
 	@echo "  curves: runs/quickstart/curves.png"
@@ -19,7 +19,7 @@ test: .venv/data .venv/test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal tests
 
 soak: .venv/data .venv/test
-	$(RUN) prepare.py emoji
+	$(RUN) -m tools.prepare emoji
 	$(RUN) tests/soak.py stall
 	$(RUN) tests/soak.py kills
 	$(RUN) tests/soak.py memory

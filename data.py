@@ -1,22 +1,13 @@
 """Shards to batches. The order of samples is a pure function, so a run can stop, move and resume at any step.
 
-  the order   (seed, epoch, index, lanes, block) -> which ids make up the global batch of any step
-  a sample    decoded, cropped and captioned by draws from (seed, epoch, id): the same pixels in whatever process
-  reading     each lane reads its shards forwards, a block at a time; resuming skips, and decodes nothing that went before
-  the loader  workers yield their lanes' share of every step, the consumer joins the shares
+the order   (seed, epoch, index, lanes, block) -> which ids make up the global batch of any step
+a sample    decoded, cropped and captioned by draws from (seed, epoch, id): the same pixels in whatever process
+reading     each lane reads its shards forwards, a block at a time; resuming skips, and decodes nothing that went before
+the loader  workers yield their lanes' share of every step, the consumer joins the shares
 
-    python data.py index 'shards/{00000..00331}.tar' [--caption_key=KEY] [--evaluation] [--verify] [--out=FILE]
 """
 
-import argparse
-import math
-import multiprocessing.forkserver
-import os
-import signal
 import sys
-import tarfile
-import threading
-import time
 from collections import Counter
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -25,20 +16,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from config import ConfigError, or_exit
-from images import BadSample, Encoded, batched, check_decoder, decoded_on_device, encoded, encoded_crop, evaluation_image, on_device, training_image
-from shards import captions, load_index, usable_samples
-from tokenizer import Tokenizer
+from config import ConfigError
+from ingest.images import (
+    BadSample,
+    Encoded,
+    batched,
+    check_decoder,
+    decoded_on_device,
+    encoded,
+    encoded_crop,
+    on_device,
+    training_image,
+)
+from ingest.reader import Reader, ShardError
+from ingest.tar import captions
+from ingest.tokenizer import Tokenizer
+from ingest.workers import default_workers, run_workers, start_server
 
-BACK_OFF = (1, 2, 4)                # seconds before an unreadable shard is tried again
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-SHARDS, BLOCK = range(2)            # what random numbers are for, so that no two uses share draws
-
-
-class ShardError(RuntimeError):
-    """A shard that could not be read. The message names it."""
+SHARDS, BLOCK = range(2)  # what random numbers are for, so that no two uses share draws
 
 
 def rng(*key):
@@ -51,8 +47,6 @@ def sample_rng(seed, epoch, sample_id):
     same random() for a seed for ever, so nothing else is drawn."""
     return Random(f"{seed} {epoch} {sample_id}")
 
-
-# ---- the order ----
 
 def lanes_and_block(batch_size, lanes="auto", block="auto"):
     """-> (lanes, samples in a shuffled block). ConfigError if lanes does not divide batch_size.
@@ -76,15 +70,22 @@ class Order:
 
     def __init__(self, index, batch_size, lanes="auto", block="auto", seed=0):
         """Raises ConfigError if the samples do not fill one global batch, or lanes does not divide it."""
-        self.index, self.batch_size, self.seed, self.num_samples = index, batch_size, seed, index.num_samples
-        self.offsets = np.cumsum(index.counts) - index.counts                   # each shard's first id
+        self.index, self.batch_size, self.seed, self.num_samples = (
+            index,
+            batch_size,
+            seed,
+            index.num_samples,
+        )
+        self.offsets = np.cumsum(index.counts) - index.counts  # each shard's first id
         self.lanes, self.block_length = lanes_and_block(batch_size, lanes, block)
-        self.per_lane = batch_size // self.lanes                                # samples of a lane in a step
+        self.per_lane = batch_size // self.lanes  # samples of a lane in a step
         self.steps_per_epoch = self.num_samples // batch_size
         self.lane_length = self.steps_per_epoch * self.per_lane
         if not self.steps_per_epoch:
-            raise ConfigError(f"{self.num_samples} samples in {len(index.shards)} shards do not fill one global batch: {self.num_samples} "
-                              f"// batch_size = {batch_size} is 0 steps an epoch; lower batch_size or add data")
+            raise ConfigError(
+                f"{self.num_samples} samples in {len(index.shards)} shards do not fill one global batch: {self.num_samples} "
+                f"// batch_size = {batch_size} is 0 steps an epoch; lower batch_size or add data"
+            )
 
     @lru_cache(maxsize=2)
     def shards(self, epoch):
@@ -102,7 +103,9 @@ class Order:
 
     def block(self, epoch, lane, start, end):
         """The same places as one block -> ids, int64 [end - start], in the order in which they are handed out."""
-        return rng(self.seed, epoch, BLOCK, lane, start).permutation(self.line(epoch, lane, start, end))
+        return rng(self.seed, epoch, BLOCK, lane, start).permutation(
+            self.line(epoch, lane, start, end)
+        )
 
     def parts(self, step, lane):
         """What a lane gives to a global step: yield (epoch, block's start, its end, first, last), all places in the lane.
@@ -113,18 +116,27 @@ class Order:
         while place < stop:
             number = 0 if place < first_block else 1 + (place - first_block) // self.block_length
             end = min(first_block + number * self.block_length, self.lane_length)
-            yield epoch, max(0, first_block + (number - 1) * self.block_length), end, place, min(end, stop)
+            yield (
+                epoch,
+                max(0, first_block + (number - 1) * self.block_length),
+                end,
+                place,
+                min(end, stop),
+            )
             place = min(end, stop)
 
 
 def batch_ids(order, step):
     """A step, counted from 0 over all epochs -> the ids of its global batch, int64 [batch_size], lane after lane: what the loaders
     of all ranks yield, except that they replace bad samples."""
-    return np.concatenate([order.block(epoch, lane, start, end)[first - start:last - start]
-                           for lane in range(order.lanes) for epoch, start, end, first, last in order.parts(step, lane)])
+    return np.concatenate(
+        [
+            order.block(epoch, lane, start, end)[first - start : last - start]
+            for lane in range(order.lanes)
+            for epoch, start, end, first, last in order.parts(step, lane)
+        ]
+    )
 
-
-# ---- a sample ----
 
 def training_sample(files, random, image_size, crop_scale, caption_key, decoder="torchvision"):
     """{extension: bytes}, a generator -> (image uint8 [3, S, S], caption str). BadSample says why not. nvjpeg: images.encoded_crop's."""
@@ -135,64 +147,27 @@ def training_sample(files, random, image_size, crop_scale, caption_key, decoder=
     return training_image(*image, random, image_size, crop_scale, decoder), text
 
 
-def evaluation_sample(files, size, caption_key):
-    """{extension: bytes} -> (image uint8 [3, size, size]; list of captions, maybe empty; class number or None). BadSample says why
-    not."""
-    image, label = evaluation_image(files, size), files.get("cls")
-    if label is not None and not (label.strip().isdigit() and len(label) < 10):
-        raise BadSample("class is not a number")
-    try:
-        texts = captions(files, caption_key)
-    except BadSample:
-        texts = []
-    return image, texts, int(label) if label else None
-
-
-# ---- reading ----
-
-class Reader:
-    """Reads samples by id, forwards through one open shard; an id behind opens it anew. `stride`: between the ids to come."""
-
-    def __init__(self, index, stride=1):
-        self.index, self.stride, self.ends, self.shard = index, stride, np.cumsum(index.counts), None
-
-    def read(self, sample_id):
-        """-> {extension: bytes}; empty if the shard ends, or breaks off, before it. ShardError, after retries, if it is unreadable."""
-        shard = int(np.searchsorted(self.ends, sample_id, side="right"))
-        url, count = self.index.shards[shard], int(self.index.counts[shard])
-        position = sample_id - int(self.ends[shard]) + count
-        for wait in (*BACK_OFF, None):
-            try:
-                if self.shard != shard or self.next > position:
-                    wanted = range(position, count, self.stride)
-                    self.shard, self.next, self.samples = shard, 0, usable_samples(url, self.index.kinds, wanted)
-                for _, files in self.samples:
-                    self.next += 1
-                    if self.next > position:
-                        return files
-                return {}
-            except (OSError, tarfile.TarError) as error:
-                reason = error
-            if isinstance(reason, tarfile.TarError) and (wait is None or not url.startswith("pipe:")):
-                return {}                           # a file that breaks off stays so; a command may fare better next time
-            if wait is None:
-                raise ShardError(f"{url} cannot be read ({len(BACK_OFF) + 1} attempts): {type(reason).__name__}: {reason}")
-            self.shard = None
-            time.sleep(wait)
-
-
 class Lane:
     """A lane of an order and its current block, read whole but still compressed."""
 
     def __init__(self, order, lane, prepare):
-        self.order, self.lane, self.prepare, self.reader, self.at = order, lane, prepare, Reader(order.index), None
+        self.order, self.lane, self.prepare, self.reader, self.at = (
+            order,
+            lane,
+            prepare,
+            Reader(order.index),
+            None,
+        )
 
     def take(self, step, bad):
         """Yield the lane's (id, image, caption)s of a global step; bad samples are counted by reason in the Counter `bad`."""
         for epoch, start, end, first, last in self.order.parts(step, self.lane):
             if self.at != (epoch, start):
-                self.at, self.held = (epoch, start), None       # the old block makes room first
-                self.held = {i: self.reader.read(i) for i in self.order.line(epoch, self.lane, start, end).tolist()}
+                self.at, self.held = (epoch, start), None  # the old block makes room first
+                self.held = {
+                    i: self.reader.read(i)
+                    for i in self.order.line(epoch, self.lane, start, end).tolist()
+                }
                 self.ids = self.order.block(epoch, self.lane, start, end).tolist()
             for place in range(first - start, last - start):
                 yield self.good_sample(epoch, end, place, bad)
@@ -200,23 +175,28 @@ class Lane:
     def good_sample(self, epoch, end, place, bad):
         """The sample at a place of the block or, in a bad one's stead, the next good one of the block, or of the line behind it."""
         reasons = []
-        behind = (i for k in range(min(1000, self.order.num_samples)) for i in self.order.line(epoch, self.lane, end + k, end + k + 1).tolist())
+        behind = (
+            i
+            for k in range(min(1000, self.order.num_samples))
+            for i in self.order.line(epoch, self.lane, end + k, end + k + 1).tolist()
+        )
         for i in chain(self.ids[place:], self.ids[:place], behind):
             try:
                 files = self.held[i] if i in self.held else self.reader.read(i)
                 sample = i, *self.prepare(files, sample_rng(self.order.seed, epoch, i))
-                bad.update(reasons[:1])                         # the others are counted in their own places
+                bad.update(reasons[:1])  # the others are counted in their own places
                 return sample
             except BadSample as error:
                 reasons.append(str(error))
-        raise ShardError(f"{len(reasons)} bad samples in a row, from sample {self.ids[place]} on: {dict(Counter(reasons))}")
+        raise ShardError(
+            f"{len(reasons)} bad samples in a row, from sample {self.ids[place]} on: {dict(Counter(reasons))}"
+        )
 
-
-# ---- the loader ----
 
 class Batch(NamedTuple):
     """A rank's share of a global batch: images uint8 [b, 3, S, S] in channels_last, tokens int64 [b, L] zero-padded, lengths int64 [b] of
     the captions, on the CPU as are ids int64 [b], bad {reason: how many samples were replaced}."""
+
     images: torch.Tensor
     tokens: torch.Tensor
     lengths: torch.Tensor
@@ -232,24 +212,67 @@ class Loader:
     0 for none, lowered until they divide its lanes. device: where images and tokens go. decoder: of JPEGs, see images.py.
     Raises ConfigError if the lanes cannot be dealt to the ranks, or the decoder is not installed; while iterating, ShardError."""
 
-    def __init__(self, order, image_size, context_length=77, crop_scale=(0.9, 1.0), caption_key="", rank=0, world_size=1,
-                 workers="auto", device="cpu", start_step=0, num_steps=0, decoder="torchvision"):
-        self.device, self.image_size, self.context_length, self.steps = torch.device(device), image_size, context_length, range(start_step, num_steps)
+    def __init__(
+        self,
+        order,
+        image_size,
+        context_length=77,
+        crop_scale=(0.9, 1.0),
+        caption_key="",
+        rank=0,
+        world_size=1,
+        workers="auto",
+        device="cpu",
+        start_step=0,
+        num_steps=0,
+        decoder="torchvision",
+    ):
+        self.device, self.image_size, self.context_length, self.steps = (
+            torch.device(device),
+            image_size,
+            context_length,
+            range(start_step, num_steps),
+        )
         check_decoder(decoder, self.device)
         lanes, rest = divmod(order.lanes, world_size)
         if rest:
-            fits = [d for d in range(world_size, order.batch_size + 1, world_size) if order.batch_size % d == 0]
-            raise ConfigError(f"lanes = {order.lanes} cannot be dealt to {world_size} ranks, {order.lanes} / {world_size} leaves {rest}: "
-                              + (f"lanes = {max([d for d in fits if d <= 512] or fits[:1])} would work" if fits else
-                                 f"make batch_size = {order.batch_size} a multiple of {world_size}"))
+            fits = [
+                d
+                for d in range(world_size, order.batch_size + 1, world_size)
+                if order.batch_size % d == 0
+            ]
+            raise ConfigError(
+                f"lanes = {order.lanes} cannot be dealt to {world_size} ranks, {order.lanes} / {world_size} leaves {rest}: "
+                + (
+                    f"lanes = {max([d for d in fits if d <= 512] or fits[:1])} would work"
+                    if fits
+                    else f"make batch_size = {order.batch_size} a multiple of {world_size}"
+                )
+            )
         asked = default_workers() if workers == "auto" else workers
         self.workers = max((w for w in range(1, asked + 1) if lanes % w == 0), default=0)
         if self.workers != asked and rank == 0:
-            print(f"workers = {self.workers}, not {asked}: they must divide the {lanes} lanes of a rank", file=sys.stderr)
+            print(
+                f"workers = {self.workers}, not {asked}: they must divide the {lanes} lanes of a rank",
+                file=sys.stderr,
+            )
         if self.workers:
             start_server()
-        prepare = partial(training_sample, image_size=image_size, crop_scale=crop_scale, caption_key=caption_key, decoder=decoder)
-        self.shares = partial(shares, order, range(rank * lanes, (rank + 1) * lanes), self.steps, prepare, context_length)
+        prepare = partial(
+            training_sample,
+            image_size=image_size,
+            crop_scale=crop_scale,
+            caption_key=caption_key,
+            decoder=decoder,
+        )
+        self.shares = partial(
+            shares,
+            order,
+            range(rank * lanes, (rank + 1) * lanes),
+            self.steps,
+            prepare,
+            context_length,
+        )
 
     def __len__(self):
         return len(self.steps)
@@ -259,8 +282,14 @@ class Loader:
         # On a GPU, copies go beside the step before: this stream does not wait for it, only the next step waits for this stream.
         beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for _ in self.steps:
-            images, tokens, lengths, ids, bad = zip(*islice(shares, max(1, self.workers)))      # the workers take turns
-            lengths, ids, bad = torch.cat(lengths), torch.cat(ids), sum(map(Counter, bad), Counter())
+            images, tokens, lengths, ids, bad = zip(
+                *islice(shares, max(1, self.workers))
+            )  # the workers take turns
+            lengths, ids, bad = (
+                torch.cat(lengths),
+                torch.cat(ids),
+                sum(map(Counter, bad), Counter()),
+            )
             longest = min(-(-int(lengths.max()) // 8) * 8, self.context_length)
             with torch.cuda.stream(beside):
                 tokens = on_device(tokens, self.device)[:, :longest].contiguous()
@@ -273,7 +302,7 @@ class Loader:
             if beside:
                 step = torch.cuda.current_stream(self.device)
                 step.wait_stream(beside)
-                images.record_stream(step)          # whose memory was taken for the other stream
+                images.record_stream(step)  # whose memory was taken for the other stream
                 tokens.record_stream(step)
             yield Batch(images, tokens, lengths, ids, dict(+bad))
 
@@ -281,118 +310,11 @@ class Loader:
 def shares(order, lanes, steps, prepare, context_length, worker, workers):
     """What one worker of a rank with these lanes does: yield, for every step, a Batch of its own lanes' samples."""
     mine = len(lanes) // workers
-    lanes = [Lane(order, lane, prepare) for lane in lanes[worker * mine:(worker + 1) * mine]]
+    lanes = [Lane(order, lane, prepare) for lane in lanes[worker * mine : (worker + 1) * mine]]
     tokenize = Tokenizer(context_length)
     for step in steps:
         bad = Counter()
         ids, images, texts = zip(*(sample for lane in lanes for sample in lane.take(step, bad)))
         tokens = tokenize(texts)
-        lengths = 1 + tokens.argmax(1)                                                  # <end_of_text> is the largest id
+        lengths = 1 + tokens.argmax(1)  # <end_of_text> is the largest id
         yield Batch(batched(images), tokens, lengths, torch.tensor(ids), dict(bad))
-
-
-def default_workers():
-    """Up to 8, as far as the CPUs that this job may use go round among the ranks of this machine."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-class Stream(IterableDataset):
-    """generate(worker, workers), a generator function, as a DataLoader wants it."""
-
-    def __init__(self, generate):
-        self.generate = generate
-
-    def __iter__(self):
-        info = get_worker_info()
-        if info:
-            # A worker ends with the trainer, however and whenever that ends: so this is done at once, and not when the first item is
-            # asked for. But Slurm and Ctrl-C signal every process of a job, and a trainer that wants to finish its step, and save,
-            # needs its workers: SIGTERM gives it most of the 30 seconds that torchrun gives.
-            threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else lambda *_: signal.alarm(25))
-        return self.items(*((info.id, info.num_workers) if info else (0, 1)))
-
-    def items(self, worker, workers):
-        try:
-            yield from self.generate(worker, workers)
-        except ShardError as error:
-            yield str(error)                    # so that the trainer shows a line, not a worker's traceback
-
-
-@lru_cache                                  # once: while it starts, signals are ignored, which the server inherits
-def start_server():
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchvision.io"])
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    multiprocessing.forkserver.ensure_running()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def run_workers(generate, workers, pin_memory):
-    """Yield what generate(worker, workers) yields in each worker, in turn; each prepares up to 4 items ahead. Raises ShardError.
-
-    Workers are forked from a server, a fresh process that has imported torch and done nothing else: a fork of the trainer itself
-    would inherit the locks of its CUDA and gloo threads in any state, and spawned workers would each import torch."""
-    if workers:
-        start_server()
-    for item in DataLoader(Stream(generate), batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator(),
-                           prefetch_factor=4 if workers else None, multiprocessing_context="forkserver" if workers else None):
-        if isinstance(item, str):
-            raise ShardError(item)
-        yield item
-
-
-# ---- evaluation ----
-
-class EvaluationBatch(NamedTuple):
-    """images uint8 [n, 3, S, S]; captions: n lists of str; classes: n ints or None; positions in the set, int64 [n]; bad {reason:
-    how many samples were left out}. All on the CPU."""
-    images: torch.Tensor
-    captions: list
-    classes: list
-    positions: torch.Tensor
-    bad: dict
-
-
-def evaluation_shares(index, image_size, caption_key, batch_size, rank, world_size, worker, workers):
-    positions = range(rank + world_size * worker, index.num_samples, world_size * workers)
-    reader = Reader(index, positions.step)
-    for start in range(0, len(positions), batch_size):
-        bad, rows = Counter(), []
-        for position in positions[start:start + batch_size]:
-            try:
-                rows.append((*evaluation_sample(reader.read(position), image_size, caption_key), position))
-            except BadSample as error:
-                bad[str(error)] += 1
-        if rows:
-            images, texts, classes, ids = zip(*rows)
-            yield EvaluationBatch(torch.stack(images), list(texts), list(classes), torch.tensor(ids), dict(bad))
-
-
-def read_samples(patterns, image_size, caption_key="", batch_size=256, rank=0, world_size=1, workers="auto"):
-    """An evaluation set -> iterator over EvaluationBatch: this rank's samples rank, rank + world_size, ... each once, in no particular
-    order. The whole set has load_index(patterns, caption_key, evaluation=True).num_samples. Raises what load_index raises;
-    ShardError while iterating."""
-    index = load_index(patterns, caption_key, evaluation=True)
-    batches = math.ceil(index.num_samples / world_size / batch_size)
-    yield from run_workers(partial(evaluation_shares, index, image_size, caption_key, batch_size, rank, world_size),
-                           min(batches, default_workers() if workers == "auto" else workers), torch.cuda.is_initialized())
-
-
-def main(argv):
-    parser = argparse.ArgumentParser(prog="data.py", description="Count the usable samples of tar shards.")
-    parser.add_argument("command", choices=["index"])
-    parser.add_argument("patterns", nargs="+", help="'shards/{00000..00331}.tar', 'shards/*.tar' or 'pipe:CMD {00..99}.tar'")
-    parser.add_argument("--caption_key", default="", help="captions are this entry of KEY.json, not KEY.txt")
-    parser.add_argument("--evaluation", action="store_true", help="a sample may have KEY.cls instead of a caption")
-    parser.add_argument("--verify", action="store_true", help="decode every sample and print the bad ones")
-    parser.add_argument("--out", help="write this file instead of index.json beside the shards")
-    a = parser.parse_args(argv)
-    index = load_index(a.patterns, a.caption_key, a.evaluation, a.verify, a.out)
-    print(f"{index.num_samples:,} samples in {len(index.shards):,} shards")
-
-
-if __name__ == "__main__":
-    or_exit(main, sys.argv[1:])

@@ -4,53 +4,21 @@ Without torchrun there is one process and every collective is the identity. No c
 loss.py hands out feature gradients explicitly, so all that is sent in a step stands in this file to be read.
 """
 
-import atexit
 import contextlib
 import datetime
 import os
-import shutil
-import sys
-import sysconfig
-import threading
-import traceback
 from collections import Counter
 
 import torch
 import torch.distributed as c10d
 
-from config import ConfigError, or_exit
+from config import ConfigError
 
 # Bytes that this rank has sent, by purpose ("features", "gradients", ...), counted where they are sent, for the usual ring
 # algorithms: an all-gather sends (K-1) times the local part, an all-reduce 2(K-1)/K times the tensor.
 traffic = Counter()
-
 # How many collectives this rank has begun, by purpose: a rank that hangs has begun fewer than the others.
 calls = Counter()
-
-
-def precision(name, device):
-    """config.precision -> the dtype in which the towers compute on `device`. ConfigError where that cannot be."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    if name == "fp16" and device.type == "cpu":
-        raise ConfigError("precision = 'fp16' needs a GPU; on the CPU use fp32 or bf16")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def compiles(setting, device):
-    """config.compile -> whether to compile on `device`. "auto" does without where torch's compiler has nothing to build with, and says so."""
-    if setting != "auto" or device.type != "cuda":
-        return setting is True
-    missing = [] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
-    missing += [] if os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")) else ["Python.h"]
-    if missing and rank() == 0:
-        print(f"training without torch.compile, and slower: it needs {' and '.join(missing)} (Debian, Ubuntu: apt install gcc python3-dev)", file=sys.stderr)
-    return not missing
-
-
-def autocast(dtype, device):
-    """-> a function that makes the context in which the towers run."""
-    return contextlib.nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
 
 
 def rank():
@@ -73,59 +41,40 @@ def init(device="auto", timeout=600.0):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device.startswith("cuda") and not gpus:
-        raise ConfigError("device = 'cuda', but torch sees no GPU here; use --device=cpu, or check the driver with nvidia-smi")
+        raise ConfigError(
+            "device = 'cuda', but torch sees no GPU here; use --device=cpu, or check the driver with nvidia-smi"
+        )
     if gpus and local_rank >= gpus:
-        raise ConfigError(f"local rank {local_rank} has no GPU: there are {gpus}; lower --nproc_per_node to {gpus}")
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: there are {gpus}; lower --nproc_per_node to {gpus}"
+        )
     if gpus:
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True           # a convolution meets the same shape in every step: find its fastest algorithm once
+        torch.backends.cudnn.benchmark = True  # a convolution meets the same shape in every step: find its fastest algorithm once
         # cuDNN's attention, torch's first choice on an H100 or H200, has open bugs for one query and for masks that make NaN gradients
         # (github.com/NVIDIA/cudnn-frontend/issues/1072, github.com/pytorch/pytorch/issues/196678), and plans anew for each length.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ and not c10d.is_initialized():
         # The watchdog ends a rank after `timeout`, and says why. The backends' own time-outs come later: they say nothing.
-        c10d.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(seconds=timeout + 60))
+        c10d.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            timeout=datetime.timedelta(seconds=timeout + 60),
+        )
     return torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-
-
-def run(main, argv):
-    """main(argv), and then the end of this process, which may have become a rank; a ConfigError is one line on stderr."""
-    status = 0
-    try:
-        or_exit(main, argv)
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException:
-        if not c10d.is_initialized():
-            raise
-        status = traceback.format_exc()
-    if c10d.is_initialized():
-        leave(status)
-    sys.exit(status)
-
-
-def leave(status=0):
-    """sys.exit(status) for a rank, which must not take Python apart: a gloo thread that lets go of its last tensor only then would abort
-    the process, though its work was done (torch 2.11 and 2.15). To wait for these threads there is only destroy_process_group, in
-    which torch 2.6 hangs. A rank that others may still need waits for them first, in barrier()."""
-    if not isinstance(status, int):
-        print(status, file=sys.stderr)
-    threading._shutdown()               # as at Python's own end: wait for threads that are no daemons (a checkpoint's writer),
-    atexit._run_exitfuncs()             # and call what libraries have left to be called
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 1)
 
 
 def barrier():
     """Wait for all ranks."""
     if world_size() > 1:
         calls["barrier"] += 1
-        c10d.all_reduce(torch.zeros(1))              # on the CPU, by gloo: needs no device and cannot be reordered by one
+        c10d.all_reduce(
+            torch.zeros(1)
+        )  # on the CPU, by gloo: needs no device and cannot be reordered by one
 
 
-class Done:
+class NoWork:
     """The handle of a collective that there was no need to start."""
+
     def wait(self):
         pass
 
@@ -144,7 +93,7 @@ def all_gather(x, purpose):
 def all_reduce(x, purpose):
     """Start summing x over the ranks, in place -> a handle; x holds the sum after handle.wait()."""
     if world_size() == 1:
-        return Done()
+        return NoWork()
     calls[purpose] += 1
     traffic[purpose] += 2 * (world_size() - 1) * x.numel() * x.element_size() // world_size()
     return c10d.all_reduce(x, async_op=True)
@@ -158,53 +107,6 @@ def all_gather_objects(x):
     out = [None] * world_size()
     c10d.all_gather_object(out, x)
     return out
-
-
-def from_first_rank(function, *args, waiting=lambda where: None, **options):
-    """Rank 0's result on every rank: a set is indexed once, not by each of a hundred ranks. It may take longer than a collective may:
-    the others ask every second, and say waiting(where). After a ConfigError rank 0 raises it, and the others end without a word."""
-    if world_size() == 1:
-        return function(*args, **options)
-    results, done = [], threading.Event()
-    def call():
-        try:
-            results.append(function(*args, **options))
-        except Exception as error:
-            results.append(error)
-        done.set()
-    if rank() == 0:
-        threading.Thread(target=call, daemon=True).start()
-    ready = torch.zeros(1)
-    while not ready:
-        ready.fill_(rank() == 0 and done.wait(1.0))
-        all_reduce(ready, "barrier").wait()
-        if rank() > 0:
-            waiting("start-up, waiting for rank 0")
-    result = results[0] if rank() == 0 else None
-    if isinstance(result, Exception) and not isinstance(result, ConfigError):
-        raise result
-    result = all_gather_objects(result)[0]
-    if isinstance(result, ConfigError):
-        raise result if rank() == 0 else SystemExit(1)
-    return result
-
-
-class Agreement:
-    """Yes-or-no questions to all ranks, answered one step later, so that no step waits for the answer. What only some ranks know (a
-    signal, a clock, a file that is written) becomes a decision that all of them take at the same step."""
-
-    def __init__(self, questions):
-        self.ask(*[False] * questions)
-
-    def ask(self, *yes):
-        """Launch: this rank's answers, bools."""
-        self.sums = torch.tensor(yes, dtype=torch.float32)              # on the CPU, by gloo: no GPU is kept waiting
-        self.work = all_reduce(self.sums, "agreement")
-
-    def answers(self):
-        """Finish -> for each question, how many ranks said yes."""
-        self.work.wait()
-        return self.sums.int().tolist()
 
 
 class GradReducer:
@@ -224,9 +126,11 @@ class GradReducer:
     def __init__(self, parameters, bucket_mb=25.0, wire=torch.float32):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.wire, self.buckets, self.armed = wire, [], False
-        self.finite = torch.zeros((), dtype=torch.bool)      # after wait(): was this rank's own gradient finite? (not looked at if alone)
+        self.finite = torch.zeros(
+            (), dtype=torch.bool
+        )  # after wait(): was this rank's own gradient finite? (not looked at if alone)
         if world_size() == 1:
-            return                                   # p.grad is left to autograd
+            return  # p.grad is left to autograd
         group, size = [], 0
         for p in reversed(self.parameters):
             if group and size + p.numel() * p.element_size() > bucket_mb * 1e6:
@@ -259,14 +163,20 @@ class GradReducer:
                 self.launch(self.buckets[self.launched])
 
     def launch(self, bucket):
-        bucket.sum = bucket.flat.sum()               # tells, after the sum over ranks has spread it, where a NaN came from
-        bucket.flat.div_(world_size())               # first divide, then add: a sum in bfloat16 or float16 stays in range
+        bucket.sum = (
+            bucket.flat.sum()
+        )  # tells, after the sum over ranks has spread it, where a NaN came from
+        bucket.flat.div_(
+            world_size()
+        )  # first divide, then add: a sum in bfloat16 or float16 stays in range
         bucket.sent = bucket.flat if bucket.flat.dtype == self.wire else bucket.flat.to(self.wire)
         bucket.work = all_reduce(bucket.sent, "gradients")
         self.launched += 1
 
     def wait(self):
-        while self.launched < len(self.buckets):     # parameters that took no part in this backward pass
+        while self.launched < len(
+            self.buckets
+        ):  # parameters that took no part in this backward pass
             self.launch(self.buckets[self.launched])
         for bucket in self.buckets:
             bucket.work.wait()
@@ -286,7 +196,7 @@ class Bucket:
         self.flat = self.parameters[0].new_zeros(sum(p.numel() for p in self.parameters))
         offset = 0
         for p in self.parameters:
-            p.grad = self.flat[offset:offset + p.numel()].as_strided(p.shape, p.stride())
+            p.grad = self.flat[offset : offset + p.numel()].as_strided(p.shape, p.stride())
             offset += p.numel()
 
 
@@ -302,17 +212,26 @@ def check_same_weights(model):
     named = [(name, p.detach()) for name, p in model.named_parameters()]
     # The sum of the bits as integers is exact, so it does not depend on the order in which a device adds.
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = torch.stack([p.contiguous().view(-1).view(words[p.element_size()]).sum(dtype=torch.int64) for _, p in named])
-    sums = all_gather(sums[None], "checks")          # (K, parameters)
+    sums = torch.stack(
+        [
+            p.contiguous().view(-1).view(words[p.element_size()]).sum(dtype=torch.int64)
+            for _, p in named
+        ]
+    )
+    sums = all_gather(sums[None], "checks")  # (K, parameters)
     wrong = (sums != sums[0]).nonzero().tolist()
     if wrong:
         name = named[min(column for _, column in wrong)][0]
-        raise RuntimeError(f"the ranks' weights have drifted apart: {name} on ranks {sorted({row for row, _ in wrong})} differs from rank 0")
+        raise RuntimeError(
+            f"the ranks' weights have drifted apart: {name} on ranks {sorted({row for row, _ in wrong})} differs from rank 0"
+        )
 
 
 def batchnorm(model):
     """BatchNorm's running statistics, which each rank gathers from its own samples -> list of tensors."""
-    return [x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return [
+        x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+    ]
 
 
 @contextlib.contextmanager
@@ -326,9 +245,11 @@ def averaged_batchnorm(model):
     own = torch.cat([x.flatten() for x in stats])
     flat = own / world_size()
     all_reduce(flat, "batchnorm").wait()
+
     def put(values):
         for x, value in zip(stats, values.split([x.numel() for x in stats])):
             x.copy_(value.view_as(x))
+
     put(flat)
     try:
         yield

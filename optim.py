@@ -10,7 +10,7 @@ import torch
 import model as models
 from loss import ALGORITHMS, TAU_MAX, TAU_MIN
 
-TAU_THRESHOLD = 0.03        # FastCLIP-v3: while tau is at or below it, its learning rate is a third
+TAU_THRESHOLD = 0.03  # FastCLIP-v3: while tau is at or below it, its learning rate is a third
 
 
 def create(model, config):
@@ -23,21 +23,32 @@ def create(model, config):
     global_tau = algorithm.learned and algorithm.tau == "global"
     model.logit_scale.requires_grad_(global_tau)
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.logit_scale]
-    groups = [dict(name="decay", params=[p for p in weights if p.ndim >= 2], weight_decay=config.weight_decay),
-              dict(name="no_decay", params=[p for p in weights if p.ndim < 2], weight_decay=0.0)]
+    groups = [
+        dict(
+            name="decay",
+            params=[p for p in weights if p.ndim >= 2],
+            weight_decay=config.weight_decay,
+        ),
+        dict(name="no_decay", params=[p for p in weights if p.ndim < 2], weight_decay=0.0),
+    ]
     if global_tau:
         groups.append(dict(name="tau", params=[model.logit_scale], weight_decay=0.0))
 
-    resnet = models.is_resnet(model)                            # the paper's settings for each kind of tower
+    resnet = models.is_resnet(model)  # the paper's settings for each kind of tower
     beta2 = config.beta2 or (0.99 if config.optimizer == "lion" else 0.999 if resnet else 0.98)
     eps = config.eps or (1e-8 if resnet else 1e-6)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, config.lr, betas=(config.beta1, beta2), eps=eps, fused=True)
+        return torch.optim.AdamW(
+            groups, config.lr, betas=(config.beta1, beta2), eps=eps, fused=True
+        )
     if config.optimizer == "sgdm":
         return torch.optim.SGD(groups, config.lr, momentum=config.beta1)
     import timm.optim
+
     if config.optimizer == "lamb":
-        return timm.optim.Lamb(groups, config.lr, betas=(config.beta1, beta2), eps=eps, max_grad_norm=None)
+        return timm.optim.Lamb(
+            groups, config.lr, betas=(config.beta1, beta2), eps=eps, max_grad_norm=None
+        )
     return timm.optim.Lion(groups, config.lr, betas=(config.beta1, beta2))
 
 
@@ -76,7 +87,9 @@ def lr_tau(config, step, total_steps):
 def lr_tau_schedule(config):
     if config.lr_tau_schedule != "auto":
         return config.lr_tau_schedule
-    return {"fastclip-v3": "threshold", "fastclip-v2": "constant", "isogclr": "constant"}.get(config.algorithm, "cosine")
+    return {"fastclip-v3": "threshold", "fastclip-v2": "constant", "isogclr": "constant"}.get(
+        config.algorithm, "cosine"
+    )
 
 
 def gamma(config, step, steps_per_epoch, total_steps):
@@ -84,7 +97,11 @@ def gamma(config, step, steps_per_epoch, total_steps):
     gamma_decay_epochs, by whole epochs or (gamma_smooth) by steps; the paper's section 5, "inner LR schedule"."""
     if not ALGORITHMS[config.algorithm].state:
         return 1.0
-    schedule = ALGORITHMS[config.algorithm].gamma if config.gamma_schedule == "auto" else config.gamma_schedule
+    schedule = (
+        ALGORITHMS[config.algorithm].gamma
+        if config.gamma_schedule == "auto"
+        else config.gamma_schedule
+    )
     if schedule == "constant":
         return config.gamma_min
     decay_epochs = config.gamma_decay_epochs or total_steps / steps_per_epoch / 2

@@ -1,2 +1,2 @@
 base = "cc3m.py"
-algorithm = "fastclip-v0"    # tau learned at the model's lr and schedule
+algorithm = "fastclip-v0"  # tau learned at the model's lr and schedule

@@ -1,9 +1,9 @@
-# The emoji set (python prepare.py emoji): five drawing styles to train on, a sixth, unseen, to evaluate. Sized for two CPU
+# The emoji set (python -m tools.prepare emoji): five drawing styles to train on, a sixth, unseen, to evaluate. Sized for two CPU
 # cores: a narrow ResNet at 32 px learns faster per second there than at 64 px, and better with BatchNorm than GroupNorm.
 train_data = "data/emoji/train/*.tar"
 eval_data = "data/emoji/test/*.tar"
 
-model = "RN50"              # of which these numbers leave the shape
+model = "RN50"  # of which these numbers leave the shape
 image_size = 32
 vision_layers = (1, 1, 1, 1)
 vision_width = 16
@@ -14,13 +14,13 @@ text_heads = 4
 text_layers = 1
 
 batch_size = 128
-lanes = 16                  # the set has 15 shards: every lane more is one more walk through a tar in each epoch
+lanes = 16  # the set has 15 shards: every lane more is one more walk through a tar in each epoch
 epochs = 15
 lr = 1e-3
 warmup_steps = 200
 weight_decay = 0.1
 
 eps_u = 1e-3
-gamma_min = 0.3             # a short run needs it large
-eval_steps = 580            # every five epochs
+gamma_min = 0.3  # a short run needs it large
+eval_steps = 580  # every five epochs
 save_steps = 580

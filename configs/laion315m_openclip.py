@@ -1,2 +1,2 @@
 base = "laion315m.py"
-algorithm = "openclip"       # tau learned at the model's lr and schedule
+algorithm = "openclip"  # tau learned at the model's lr and schedule

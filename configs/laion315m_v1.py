@@ -1,2 +1,2 @@
 base = "laion315m.py"
-algorithm = "fastclip-v1"    # tau constant at 0.07, as in the released script
+algorithm = "fastclip-v1"  # tau constant at 0.07, as in the released script

@@ -3,6 +3,45 @@
 import os
 import sys
 
+import pytest
+import torch
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2] + [os.environ.get("PYTHONPATH", "")])
+
+import faults  # noqa: E402 (the path comes first)
+import shapes  # noqa: E402
+import train  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """Shards of coloured shapes, to train on and to evaluate."""
+    folder = str(tmp_path_factory.mktemp("shapes"))
+    return dict(
+        train_data=shapes.write(folder + "/train"),
+        eval_data=shapes.write(folder + "/test", 1, 96, seed=1, classes=True),
+    )
+
+
+@pytest.fixture
+def fault():
+    """fault("raise@5:0"): the next training in this process meets it."""
+    yield lambda text: faults.install(faults.parse(text))
+    train.train_step = faults.plain_step
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Drawing them takes longer than these runs do, and test_train.py looks at them."""
+    monkeypatch.setattr("runtime.log.plot", lambda folders, out: out)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small work: threads that wait for each other cost three times what they bring, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -17,18 +17,22 @@ import torch
 
 import dist
 import train
+from runtime import ranks
 
 plain_step, leaked = train.train_step, []
 
 
 def install(faults):
     """faults: {(step, rank): name} -> train.train_step does them, once."""
+
     def step_with_faults(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, *rest):
         rank = dist.rank()
         if "FASTCLIP_IDS" in os.environ:
             with open(os.environ["FASTCLIP_IDS"], "a") as f:
                 f.write(" ".join(map(str, batch.ids.tolist())) + "\n")
-        leaks = [s for (s, r), name in faults.items() if name == "leak" and r == rank and s <= step + 1]
+        leaks = [
+            s for (s, r), name in faults.items() if name == "leak" and r == rank and s <= step + 1
+        ]
         if leaks:
             leaked.append((bytearray(os.urandom(1 << 20)), open(os.devnull)))
         fault, hook = faults.pop((step + 1, rank), None) if not leaks else None, None
@@ -47,15 +51,18 @@ def install(faults):
         elif fault == "gradient":
             hook = model.text_projection.register_hook(lambda grad: grad * float("nan"))
         try:
-            return plain_step(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, *rest)
+            return plain_step(
+                batch, model, loss, optimizer, reducer, scaler, autocast, c, step, *rest
+            )
         finally:
             if hook:
                 hook.remove()
+
     train.train_step = step_with_faults
 
 
 def parse(text):
-    """"kill@5:1,hang@7:0" -> {(5, 1): "kill", (7, 0): "hang"}"""
+    """ "kill@5:1,hang@7:0" -> {(5, 1): "kill", (7, 0): "hang"}"""
     faults = {}
     for word in filter(None, text.split(",")):
         name, place = word.split("@")
@@ -66,4 +73,4 @@ def parse(text):
 
 if __name__ == "__main__":
     install(parse(sys.argv[1]))
-    dist.run(train.main, sys.argv[2:])
+    ranks.run(train.main, sys.argv[2:])

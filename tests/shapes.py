@@ -8,8 +8,14 @@ import tarfile
 import torch
 from torchvision.io import encode_png
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (230, 220, 40),
-           "purple": (160, 50, 200), "black": (10, 10, 10)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (50, 80, 230),
+    "yellow": (230, 220, 40),
+    "purple": (160, 50, 200),
+    "black": (10, 10, 10),
+}
 SHAPES = ("square", "bar", "column", "cross")
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
@@ -22,9 +28,9 @@ def picture(name, generator, size=32):
     pixels = torch.tensor(COLOURS[colour], dtype=torch.uint8)[:, None, None]
     if shape in ("square", "bar", "cross"):
         h = 7 if shape == "square" else 2
-        image[:, y - h:y + h, x - 8:x + 8] = pixels
+        image[:, y - h : y + h, x - 8 : x + 8] = pixels
     if shape in ("column", "cross"):
-        image[:, y - 8:y + 8, x - 2:x + 2] = pixels
+        image[:, y - 8 : y + 8, x - 2 : x + 2] = pixels
     return image
 
 
@@ -43,9 +49,17 @@ def write(folder, shards=4, per_shard=96, seed=0, classes=False):
         with tarfile.open(os.path.join(folder, f"{shard:05d}.tar"), "w") as tar:
             for _ in range(per_shard):
                 label = n % len(CLASSES)
-                add(tar, f"{n:09d}.png", encode_png(picture(CLASSES[label], generator)).numpy().tobytes())
+                add(
+                    tar,
+                    f"{n:09d}.png",
+                    encode_png(picture(CLASSES[label], generator)).numpy().tobytes(),
+                )
                 add(tar, f"{n:09d}.txt", CLASSES[label].encode())
-                add(tar, f"{n:09d}.json", json.dumps({"captions": [CLASSES[label], "a " + CLASSES[label]]}).encode())
+                add(
+                    tar,
+                    f"{n:09d}.json",
+                    json.dumps({"captions": [CLASSES[label], "a " + CLASSES[label]]}).encode(),
+                )
                 if classes:
                     add(tar, f"{n:09d}.cls", str(label).encode())
                 n += 1

@@ -9,8 +9,11 @@ import config
 from config import ConfigError
 from conftest import ROOT
 
-PAPER = [f"{d}_{a}" for d in ("cc3m", "cc12m", "emoji") for a in ("openclip", "sogclr", "isogclr", "v0", "v1", "v2", "v3")] + \
-        [f"laion315m_{a}" for a in ("openclip", "v0", "v1", "v2", "v3")]
+PAPER = [
+    f"{d}_{a}"
+    for d in ("cc3m", "cc12m", "emoji")
+    for a in ("openclip", "sogclr", "isogclr", "v0", "v1", "v2", "v3")
+] + [f"laion315m_{a}" for a in ("openclip", "v0", "v1", "v2", "v3")]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -23,41 +26,63 @@ def test_every_config_of_the_paper_loads(name):
 
 def test_the_papers_figures():
     c = config.load([os.path.join(ROOT, "configs", "laion315m_v3.py")])
-    assert (c.model, c.batch_size, c.epochs, c.lr, c.lr_min, c.warmup_steps, c.weight_decay) == ("ViT-B-16", 5120, 42, 2e-4, 4e-5, 13200, 0.2)
-    assert (c.gamma_min, c.gamma_decay_epochs, c.lr_tau, c.rho, c.eps_u, c.equations) == (0.8, 10, 5e-5, 16.0, 1e-6, "release")
+    assert (c.model, c.batch_size, c.epochs, c.lr, c.lr_min, c.warmup_steps, c.weight_decay) == (
+        "ViT-B-16",
+        5120,
+        42,
+        2e-4,
+        4e-5,
+        13200,
+        0.2,
+    )
+    assert (c.gamma_min, c.gamma_decay_epochs, c.lr_tau, c.rho, c.eps_u, c.equations) == (
+        0.8,
+        10,
+        5e-5,
+        16.0,
+        1e-6,
+        "release",
+    )
     c = config.load([os.path.join(ROOT, "configs", "cc3m_v2.py")])
     assert (c.model, c.tau_init, c.lr_tau, c.rho) == ("RN50", 0.03, 0.0133, 7.0)
 
 
-@pytest.mark.parametrize("words,message", [
-    (["--lerning_rate=1"], "unknown key 'lerning_rate'"),
-    (["--batchsize=8"], "did you mean 'batch_size'"),
-    (["--lr=fast"], "lr = 'fast' is of type str; it must be float"),
-    (["--batch_size=1.5"], "batch_size = 1.5 is of type float; it must be int"),
-    (["--compile=1"], "must be bool or 'auto'"),
-    (["--algorithm=fastclip-v33"], "did you mean 'fastclip-v3'"),
-    (["--lr"], "write --key=value"),
-    (["no_such.py"], "no config file 'no_such.py'"),
-    (["--batch_size=10", "--lanes=4"], "lanes = 4 does not divide batch_size = 10"),
-    (["--gamma_min=0"], r"gamma_min = 0.0 must lie in \(0, 1\]"),
-    (["--batch_size=1"], "no negatives"),
-    (["--tau_init=5"], "tau_init"),
-    (["--crop_scale=(0.9,0.1)"], "crop_scale"),
-    (["--lr=-1"], "must not be negative"),
-    (["--train_data=[1]"], "must hold strings"),
-])
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--lerning_rate=1"], "unknown key 'lerning_rate'"),
+        (["--batchsize=8"], "did you mean 'batch_size'"),
+        (["--lr=fast"], "lr = 'fast' is of type str; it must be float"),
+        (["--batch_size=1.5"], "batch_size = 1.5 is of type float; it must be int"),
+        (["--compile=1"], "must be bool or 'auto'"),
+        (["--algorithm=fastclip-v33"], "did you mean 'fastclip-v3'"),
+        (["--lr"], "write --key=value"),
+        (["no_such.py"], "no config file 'no_such.py'"),
+        (["--batch_size=10", "--lanes=4"], "lanes = 4 does not divide batch_size = 10"),
+        (["--gamma_min=0"], r"gamma_min = 0.0 must lie in \(0, 1\]"),
+        (["--batch_size=1"], "no negatives"),
+        (["--tau_init=5"], "tau_init"),
+        (["--crop_scale=(0.9,0.1)"], "crop_scale"),
+        (["--lr=-1"], "must not be negative"),
+        (["--train_data=[1]"], "must hold strings"),
+    ],
+)
 def test_bad_settings_are_refused_with_a_word(words, message):
     with pytest.raises(ConfigError, match=message):
         config.load(words)
 
 
 def test_a_file_starts_from_another_and_the_command_line_comes_last(tmp_path):
-    (tmp_path / "a.py").write_text("import math\nlr = 1e-3\nbatch_size = 64\n_hidden = 1\ntrain_data = 'x.tar'\n")
+    (tmp_path / "a.py").write_text(
+        "import math\nlr = 1e-3\nbatch_size = 64\n_hidden = 1\ntrain_data = 'x.tar'\n"
+    )
     (tmp_path / "b.py").write_text("base = 'a.py'\nlr = 2e-3\n")
     c = config.load([str(tmp_path / "b.py"), "--batch_size=32"])
     assert (c.lr, c.batch_size, c.train_data) == (2e-3, 32, ("x.tar",))
     (tmp_path / "c.py").write_text("batchsize = 3\n")
-    with pytest.raises(ConfigError, match=r"c.py: unknown key 'batchsize'; did you mean 'batch_size'"):
+    with pytest.raises(
+        ConfigError, match=r"c.py: unknown key 'batchsize'; did you mean 'batch_size'"
+    ):
         config.load([str(tmp_path / "c.py")])
     (tmp_path / "d.py").write_text("base = 'd.py'\n")
     with pytest.raises(ConfigError, match="circle"):
@@ -68,7 +93,9 @@ def test_a_file_starts_from_another_and_the_command_line_comes_last(tmp_path):
 
 
 def test_the_resolved_config_loads_as_a_config(tmp_path):
-    c = config.load(["--lr=1e-4", "--vision_layers=(1,1,1,1)", "--train_data=a.tar", "--lr_tau=None"])
+    c = config.load(
+        ["--lr=1e-4", "--vision_layers=(1,1,1,1)", "--train_data=a.tar", "--lr_tau=None"]
+    )
     (tmp_path / "r.py").write_text(config.as_text(c))
     again = config.load([str(tmp_path / "r.py")])
     assert again == c
@@ -81,12 +108,32 @@ def test_help_lists_every_key():
 
 def test_no_file_imports_upward():
     """The order of the README's table: a file may only import files below it."""
-    order = ["bench", "results", "lab", "peer", "train", "plan", "eval", "watch", "checkpoint", "data", "shards", "images", "tokenizer", "optim", "loss", "model",
-             "watchdog", "dist", "config", "prepare"]
+    order = [
+        "bench",
+        "results",
+        "lab",
+        "peer",
+        "train",
+        "plan",
+        "eval",
+        "watch",
+        "checkpoint",
+        "data",
+        "shards",
+        "images",
+        "tokenizer",
+        "optim",
+        "loss",
+        "model",
+        "watchdog",
+        "dist",
+        "config",
+        "prepare",
+    ]
     assert {os.path.basename(p)[:-3] for p in glob.glob(os.path.join(ROOT, "*.py"))} <= set(order)
     for i, name in enumerate(order):
         for line in open(os.path.join(ROOT, name + ".py")):
             words = line.split()
             if words[:1] in (["import"], ["from"]):
                 imported = words[1].split(".")[0]
-                assert imported not in order[:i + 1], f"{name}.py imports {imported}"
+                assert imported not in order[: i + 1], f"{name}.py imports {imported}"

@@ -15,57 +15,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samples import SIZES, N, number_of, picture, sample, write_shards, write_tar
 
 import data
-import images
-import shards as tars
-from config import ConfigError
+from config import ConfigError, or_exit
+from ingest import evaluation, images, index, workers
+from ingest.index import Index, count_samples, load_index
+from ingest.tar import usable_samples
+from ingest.urls import expand
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchVision are:DeprecationWarning")
-SIZES = (23, 17, 40, 9, 31)                 # samples per shard
-N = sum(SIZES)
-FORMATS = {"jpg": dict(format="JPEG", quality=95, subsampling=0), "png": dict(format="PNG"), "webp": dict(format="WEBP", lossless=True)}
-
-
-def picture(number, extension):
-    """Red and green spell the number, blue is noise, so that pixels tell which sample, and which part of it, they are."""
-    pixels = np.random.default_rng(number).integers(0, 256, (30 + number % 5, 40, 3), dtype=np.uint8)
-    pixels[..., 0], pixels[..., 1] = number % 16 * 16 + 8, number // 16 * 16 + 8
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, **FORMATS[extension])
-    return file.getvalue()
-
-
-def number_of(image):
-    """uint8 [3, S, S] -> the number that its red and green spell."""
-    red, green = image[:2].float().mean((1, 2)).tolist()
-    return int(red // 16 + green // 16 * 16)
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return str(path)
-
-
-def sample(number, captions=None, **other):
-    """-> the files of a sample [(name, bytes)]; `other` replaces or, with None, removes a file of that extension."""
-    extension = list(FORMATS)[number % 3]
-    files = {extension: picture(number, extension), "txt": f"sample {number}".encode(),
-             "json": json.dumps({"texts": captions or [f"sample {number} {c}" for c in "abcdefgh"]}).encode(), **other}
-    return [(f"{number:05d}.{e}", content) for e, content in files.items() if content is not None]
-
-
-def write_shards(folder, sizes=SIZES, **changes):
-    """Shards of consecutive samples; changes = {"s7": {...}} changes the files of sample 7."""
-    folder.mkdir(exist_ok=True, parents=True)
-    numbers = iter(range(sum(sizes)))
-    for i, size in enumerate(sizes):
-        write_tar(folder / f"{i:05d}.tar", [file for _ in range(size) for n in [next(numbers)] for file in sample(n, **changes.get(f"s{n}", {}))])
-    return f"{folder}/{{00000..{len(sizes) - 1:05d}}}.tar"
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +35,40 @@ def shards(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "BACK_OFF", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("ingest.reader.BACK_OFF", (0.01, 0.01, 0.01))
 
 
 def order_of(patterns, batch_size=16, lanes=8, block=5, seed=3, **options):
-    return data.Order(data.load_index(patterns, **options), batch_size, lanes, block, seed)
+    return data.Order(load_index(patterns, **options), batch_size, lanes, block, seed)
 
 
 def load(order, start, end, ranks=1, workers=0, **options):
     """The global batches of steps start..end, joined from all ranks -> images, tokens (padded again), ids; each stacked over steps."""
     steps = []
-    loaders = [iter(data.Loader(order, 24, rank=r, world_size=ranks, workers=workers, start_step=start, num_steps=end, **options))
-               for r in range(ranks)]
+    loaders = [
+        iter(
+            data.Loader(
+                order,
+                24,
+                rank=r,
+                world_size=ranks,
+                workers=workers,
+                start_step=start,
+                num_steps=end,
+                **options,
+            )
+        )
+        for r in range(ranks)
+    ]
     for shares in zip(*loaders, strict=True):
         tokens = [torch.nn.functional.pad(s.tokens, (0, 77 - s.tokens.shape[1])) for s in shares]
-        steps.append((torch.cat([s.images for s in shares]), torch.cat(tokens), torch.cat([s.ids for s in shares])))
+        steps.append(
+            (
+                torch.cat([s.images for s in shares]),
+                torch.cat(tokens),
+                torch.cat([s.ids for s in shares]),
+            )
+        )
     return [torch.stack(x) for x in zip(*steps)]
 
 
@@ -98,32 +76,63 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---- the order ----
-
-@pytest.mark.parametrize("batch_size, lanes, block", [(16, 8, 5), (16, 16, 1), (16, 1, 1000), (12, 4, 7), (120, 40, 2), (24, "auto", "auto"), (7, 7, 3)])
+@pytest.mark.parametrize(
+    "batch_size, lanes, block",
+    [
+        (16, 8, 5),
+        (16, 16, 1),
+        (16, 1, 1000),
+        (12, 4, 7),
+        (120, 40, 2),
+        (24, "auto", "auto"),
+        (7, 7, 3),
+    ],
+)
 def test_every_sample_once_per_epoch(batch_size, lanes, block):
-    index = tars.Index([str(i) for i in range(6)], np.array([23, 17, 0, 40, 9, 31]), ("txt",))
+    index = Index([str(i) for i in range(6)], np.array([23, 17, 0, 40, 9, 31]), ("txt",))
     order = data.Order(index, batch_size, lanes, block, seed=1)
-    epochs = [np.concatenate([data.batch_ids(order, e * order.steps_per_epoch + s) for s in range(order.steps_per_epoch)]) for e in range(4)]
+    epochs = [
+        np.concatenate(
+            [
+                data.batch_ids(order, e * order.steps_per_epoch + s)
+                for s in range(order.steps_per_epoch)
+            ]
+        )
+        for e in range(4)
+    ]
     for ids in epochs:
         assert len(set(ids)) == len(ids) == N // batch_size * batch_size > N - batch_size
         assert 0 <= ids.min() and ids.max() < N
     assert all((epochs[0] != ids).any() for ids in epochs[1:])
     left_over = [frozenset(range(N)) - set(ids) for ids in epochs]
-    assert N % batch_size == 0 or len(set(left_over)) > 1                  # other samples are left over in other epochs
-    again, other = data.Order(index, batch_size, lanes, block, seed=1), data.Order(index, batch_size, lanes, block, seed=2)
-    assert (data.batch_ids(again, 1) == data.batch_ids(order, 1)).all() and (data.batch_ids(other, 1) != data.batch_ids(order, 1)).any()
+    assert (
+        N % batch_size == 0 or len(set(left_over)) > 1
+    )  # other samples are left over in other epochs
+    again, other = (
+        data.Order(index, batch_size, lanes, block, seed=1),
+        data.Order(index, batch_size, lanes, block, seed=2),
+    )
+    assert (data.batch_ids(again, 1) == data.batch_ids(order, 1)).all() and (
+        data.batch_ids(other, 1) != data.batch_ids(order, 1)
+    ).any()
 
 
 def test_order_is_the_same_tomorrow():
     """Written down: a checkpoint resumes only if this never changes."""
-    order = data.Order(tars.Index(["a", "b"], np.array([20, 30]), ("txt",)), 10, 5, 4, seed=2024)
+    order = data.Order(Index(["a", "b"], np.array([20, 30]), ("txt",)), 10, 5, 4, seed=2024)
     assert data.batch_ids(order, 7).tolist() == [8, 13, 19, 20, 28, 31, 40, 42, 2, 49]
 
 
 def test_blocks_begin_at_different_steps():
-    order = data.Order(tars.Index(["a"], np.array([64 * 1000]), ("txt",)), 64, 64, 100)
-    loads = [sum(start == first for lane in range(64) for _, start, _, first, _ in order.parts(step, lane)) for step in range(1, 300)]
+    order = data.Order(Index(["a"], np.array([64 * 1000]), ("txt",)), 64, 64, 100)
+    loads = [
+        sum(
+            start == first
+            for lane in range(64)
+            for _, start, _, first, _ in order.parts(step, lane)
+        )
+        for step in range(1, 300)
+    ]
     assert max(loads) <= 2
 
 
@@ -134,8 +143,6 @@ def test_lanes_and_block():
     assert data.lanes_and_block(96, 8, 3) == (8, 3)
 
 
-# ---- the loader ----
-
 @pytest.fixture(scope="module")
 def expected(shards):
     order = order_of(shards)
@@ -145,17 +152,26 @@ def expected(shards):
 def test_batches_are_the_order_and_what_they_claim(expected):
     order, (images, tokens, ids) = expected
     tokenizer = data.Tokenizer(77)
-    assert order.steps_per_epoch == 7 and images.dtype == torch.uint8 and images.shape == (10, 16, 3, 24, 24)
+    assert (
+        order.steps_per_epoch == 7
+        and images.dtype == torch.uint8
+        and images.shape == (10, 16, 3, 24, 24)
+    )
     for step in range(10):
         assert ids[step].tolist() == data.batch_ids(order, step).tolist()
         assert [number_of(image) for image in images[step]] == ids[step].tolist()
         assert torch.equal(tokens[step], tokenizer([f"sample {i}" for i in ids[step].tolist()]))
-    first, second = ({i: image for i, image in zip(ids[s].flatten().tolist(), images[s].flatten(0, 1))} for s in (slice(7), slice(7, 10)))
-    both = first.keys() & second.keys()                                    # another epoch, another crop
+    first, second = (
+        {i: image for i, image in zip(ids[s].flatten().tolist(), images[s].flatten(0, 1))}
+        for s in (slice(7), slice(7, 10))
+    )
+    both = first.keys() & second.keys()  # another epoch, another crop
     assert sum(not torch.equal(first[i], second[i]) for i in both) > 0.8 * len(both)
 
 
-@pytest.mark.parametrize("ranks, workers", [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 3), (4, 0), (4, 2)])
+@pytest.mark.parametrize(
+    "ranks, workers", [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 3), (4, 0), (4, 2)]
+)
 def test_same_batches_on_any_ranks_and_workers(expected, ranks, workers, capsys):
     order, batches = expected
     assert same(load(order, 0, 10, ranks, workers), batches)
@@ -179,19 +195,23 @@ def test_resume_decodes_nothing_before(expected, monkeypatch):
 
 def test_several_sources_and_pipes(shards, tmp_path, expected):
     other = write_shards(tmp_path / "other", (30, 12))
-    index = data.load_index((shards, other))
+    index = load_index((shards, other))
     assert index.num_samples == N + 42 and index.counts.tolist() == [*SIZES, 30, 12]
     order = data.Order(index, 18, 6, 11)
     images, _, ids = load(order, 0, 18)
-    assert len(set(ids[:9].flatten().tolist())) == 162 and ids.max() > N                   # 162 = all of them
-    assert [number_of(x) for x in images.flatten(0, 1)] == [i if i < N else i - N for i in ids.flatten().tolist()]
+    assert len(set(ids[:9].flatten().tolist())) == 162 and ids.max() > N  # 162 = all of them
+    assert [number_of(x) for x in images.flatten(0, 1)] == [
+        i if i < N else i - N for i in ids.flatten().tolist()
+    ]
     assert same(load(order_of("pipe:cat " + shards), 0, 10, workers=2), expected[1])
     assert len(glob.glob(str(tmp_path / "cache" / "fastclip" / "pipe-*.json"))) == 1
 
 
 def test_a_command_cut_off_is_tried_again(shards, tmp_path, expected):
-    (tmp_path / "flaky.sh").write_text('if mkdir "$0.$(basename $1)" 2>/dev/null; then head -c 9999 "$1"; exit 1; fi; cat "$1"')
-    index = data.load_index(shards)._replace(shards=tars.expand(f"pipe:sh {tmp_path}/flaky.sh {shards}"))
+    (tmp_path / "flaky.sh").write_text(
+        'if mkdir "$0.$(basename $1)" 2>/dev/null; then head -c 9999 "$1"; exit 1; fi; cat "$1"'
+    )
+    index = load_index(shards)._replace(shards=expand(f"pipe:sh {tmp_path}/flaky.sh {shards}"))
     assert same(load(data.Order(index, 16, 8, 5, 3), 0, 10), expected[1])
 
 
@@ -200,31 +220,52 @@ def test_captions_from_json(shards):
     texts, decode = [], data.Tokenizer(77).decode
     for start in (0, 7):
         _, tokens, ids = load(order, start, start + 7, caption_key="texts")
-        captions = [decode(t).split() for t in tokens.flatten(0, 1)]                    # sample 1 1 7 d
+        captions = [decode(t).split() for t in tokens.flatten(0, 1)]  # sample 1 1 7 d
         assert all("".join(c[1:-1]) == str(i) for c, i in zip(captions, ids.flatten().tolist()))
         texts.append({i: c[-1] for i, c in zip(ids.flatten().tolist(), captions)})
-    assert {len(set(letters.values())) for letters in texts} == {8}                    # all eight are drawn
+    assert {len(set(letters.values())) for letters in texts} == {8}  # all eight are drawn
     assert sum(texts[0][i] != texts[1][i] for i in texts[0].keys() & texts[1].keys()) > 60
-    assert same(load(order, 3, 5, ranks=2, workers=2, caption_key="texts"), load(order, 3, 5, caption_key="texts"))
+    assert same(
+        load(order, 3, 5, ranks=2, workers=2, caption_key="texts"),
+        load(order, 3, 5, caption_key="texts"),
+    )
 
 
 def test_tokens_are_trimmed(tmp_path):
     texts = {0: b"a dog", 1: b"a cat", 2: b"wow " * 8 + b"!^ " * 6, 3: b"word " * 200}
+
     def tokens(*numbers, context_length=77):
-        index = data.load_index(write_tar(tmp_path / "pick.tar", [file for n in numbers for file in sample(n, txt=texts[n])]))
-        return next(iter(data.Loader(data.Order(index, len(numbers)), 8, context_length, num_steps=1, workers=0))).tokens
+        index = load_index(
+            write_tar(
+                tmp_path / "pick.tar", [file for n in numbers for file in sample(n, txt=texts[n])]
+            )
+        )
+        return next(
+            iter(
+                data.Loader(
+                    data.Order(index, len(numbers)), 8, context_length, num_steps=1, workers=0
+                )
+            )
+        ).tokens
+
     assert tokens(0, 1).shape == (2, 8) and tokens(1, 2).shape == (2, 24)
     assert tokens(2, 3).shape == (2, 77) and tokens(0, 3, context_length=20).shape == (2, 20)
-    expected = data.Tokenizer(77)(["a cat", "wow " * 8 + "!^ " * 6])[:, :24]       # "!" is token 0, and no padding
+    expected = data.Tokenizer(77)(["a cat", "wow " * 8 + "!^ " * 6])[
+        :, :24
+    ]  # "!" is token 0, and no padding
     assert sorted(tokens(1, 2).tolist()) == sorted(expected.tolist())
 
 
 def test_length_epochs_and_default_workers(expected, monkeypatch):
     order, _ = expected
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(13))
-    assert data.default_workers() == 8 and data.Loader(order, 8).workers == 8 and data.Loader(order, 8, rank=1, world_size=2).workers == 4
+    assert (
+        workers.default_workers() == 8
+        and data.Loader(order, 8).workers == 8
+        and data.Loader(order, 8, rank=1, world_size=2).workers == 4
+    )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert data.default_workers() == 3 and data.Loader(order, 8).workers == 2
+    assert workers.default_workers() == 3 and data.Loader(order, 8).workers == 2
     loader = data.Loader(order, 8, start_step=5, num_steps=16, workers=0)
     assert len(loader) == 11 and len(list(loader)) == 11 and len(list(loader)) == 11
 
@@ -235,7 +276,9 @@ def test_signals_do_not_end_workers(expected):
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for pid in [multiprocessing.forkserver._forkserver._forkserver_pid] + [worker.pid for worker in workers]:
+    for pid in [multiprocessing.forkserver._forkserver._forkserver_pid] + [
+        worker.pid for worker in workers
+    ]:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(pid, number)
     assert sum(1 for _ in batches) == 59
@@ -246,13 +289,19 @@ def test_workers_end_with_a_killed_trainer(shards, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""import multiprocessing, os, data
 if __name__ == "__main__":
-    batches = iter(data.Loader(data.Order(data.load_index({shards!r}), 16), 8, workers=2, num_steps=60))
+    batches = iter(data.Loader(data.Order(load_index({shards!r}), 16), 8, workers=2, num_steps=60))
     next(batches)
     print(*[worker.pid for worker in multiprocessing.active_children()], multiprocessing.forkserver._forkserver._forkserver_pid, flush=True)
     os.kill(os.getpid(), 9)
 """)
-    process = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)}, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, timeout=60, text=True)
+    process = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=60,
+        text=True,
+    )
     assert process.returncode == -9
     pids = process.stdout.split()
     for _ in range(100):
@@ -262,15 +311,23 @@ if __name__ == "__main__":
     assert len(pids) == 3 and not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
-# ---- a sample ----
-
 def test_crop_and_resize_are_torchvisions():
     from torchvision.transforms.v2 import functional as F
+
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    reference = F.resized_crop(image, 3, 5, 40, 41, [24, 24], F.InterpolationMode.BICUBIC if hasattr(F, "InterpolationMode") else 3, antialias=True)
+    reference = F.resized_crop(
+        image,
+        3,
+        5,
+        40,
+        41,
+        [24, 24],
+        F.InterpolationMode.BICUBIC if hasattr(F, "InterpolationMode") else 3,
+        antialias=True,
+    )
     assert (images.resize(image[:, 3:43, 5:46], 24, 24).int() - reference.int()).abs().max() <= 1
     reference = F.center_crop(F.resize(image, 24, 3, antialias=True), 24)
-    ours, texts, label = data.evaluation_sample({"png": png(image), "cls": b"7\n"}, 24, "")
+    ours, texts, label = evaluation.evaluation_sample({"png": png(image), "cls": b"7\n"}, 24, "")
     assert (ours.int() - reference.int()).abs().max() <= 1 and texts == [] and label == 7
 
 
@@ -280,12 +337,16 @@ def png(image):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("height, width", [(100, 100), (60, 200), (200, 60), (1, 1), (1, 500), (37, 41)])
+@pytest.mark.parametrize(
+    "height, width", [(100, 100), (60, 200), (200, 60), (1, 1), (1, 500), (37, 41)]
+)
 def test_random_crop(height, width):
     random, crops = np.random.default_rng(0), []
     for _ in range(500):
         top, left, h, w = images.random_crop(height, width, (0.3, 1.0), random)
-        assert 0 <= top and 0 <= left and 1 <= h and 1 <= w and top + h <= height and left + w <= width
+        assert (
+            0 <= top and 0 <= left and 1 <= h and 1 <= w and top + h <= height and left + w <= width
+        )
         crops.append((h * w / height / width, w / h))
     if min(height, width) > 30:
         area, ratio = np.array(crops).T
@@ -294,8 +355,13 @@ def test_random_crop(height, width):
 
 def test_kinds_of_images():
     rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    for image in (Image.fromarray(rgb), Image.fromarray(rgb[..., 0]), Image.fromarray(rgb).convert("RGBA"), Image.fromarray(rgb).convert("P"),
-                  Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)):
+    for image in (
+        Image.fromarray(rgb),
+        Image.fromarray(rgb[..., 0]),
+        Image.fromarray(rgb).convert("RGBA"),
+        Image.fromarray(rgb).convert("P"),
+        Image.fromarray(rgb[..., 0].astype(np.uint16) * 257),
+    ):
         file = io.BytesIO()
         image.save(file, "PNG")
         decoded = images.decode({"txt": b"", "png": file.getvalue()})
@@ -307,11 +373,14 @@ def test_kinds_of_images():
     assert images.decode({"jpg": file.getvalue()}).shape == (3, 20, 30)
 
 
-# ---- bad input ----
-
 def test_bad_samples_are_replaced_and_counted(tmp_path):
     half = picture(33, "jpg")
-    bad = {"s3": {"jpg": b"not an image"}, "s4": {"png": b""}, "s33": {"jpg": half[:len(half) // 2]}, "s50": {"txt": b"  \n"}}
+    bad = {
+        "s3": {"jpg": b"not an image"},
+        "s4": {"png": b""},
+        "s33": {"jpg": half[: len(half) // 2]},
+        "s50": {"txt": b"  \n"},
+    }
     order = order_of(write_shards(tmp_path, (30, 30), **bad), 12, 4, 6)
     numbers, counts = [], {}
     for batch in data.Loader(order, 24, workers=0, num_steps=5):
@@ -322,21 +391,44 @@ def test_bad_samples_are_replaced_and_counted(tmp_path):
     assert counts == {"corrupt image": 3, "empty caption": 1}
     assert len(numbers) == 60 and set(numbers) == set(range(60)) - {3, 4, 33, 50}
     planned = np.concatenate([data.batch_ids(order, step) for step in range(5)])
-    assert [p for p, n in zip(planned, numbers) if p != n] == [p for p in planned if p in (3, 4, 33, 50)]
-    assert same(load(order, 0, 10), load(order, 0, 10, 2, 2)) and same(load(order, 4, 6), [x[4:6] for x in load(order, 0, 6)])
+    assert [p for p, n in zip(planned, numbers) if p != n] == [
+        p for p in planned if p in (3, 4, 33, 50)
+    ]
+    assert same(load(order, 0, 10), load(order, 0, 10, 2, 2)) and same(
+        load(order, 4, 6), [x[4:6] for x in load(order, 0, 6)]
+    )
 
 
 def test_json_without_the_key(tmp_path):
-    pattern = write_shards(tmp_path, (20,), s3={"json": b"{"}, s4={"json": b"{}"}, s5={"json": b'{"texts": []}'}, s6={"json": b'{"texts": ["", null]}'})
-    batch = next(iter(data.Loader(order_of(pattern, 20, 2, caption_key="texts"), 8, caption_key="texts", workers=0, num_steps=1)))
-    assert batch.bad == {"no caption": 2, "empty caption": 2} and not {3, 4, 5, 6} & set(batch.ids.tolist())
+    pattern = write_shards(
+        tmp_path,
+        (20,),
+        s3={"json": b"{"},
+        s4={"json": b"{}"},
+        s5={"json": b'{"texts": []}'},
+        s6={"json": b'{"texts": ["", null]}'},
+    )
+    batch = next(
+        iter(
+            data.Loader(
+                order_of(pattern, 20, 2, caption_key="texts"),
+                8,
+                caption_key="texts",
+                workers=0,
+                num_steps=1,
+            )
+        )
+    )
+    assert batch.bad == {"no caption": 2, "empty caption": 2} and not {3, 4, 5, 6} & set(
+        batch.ids.tolist()
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shard_that_got_shorter(tmp_path, workers):
     pattern = write_shards(tmp_path, (20, 20))
     order = order_of(pattern, 8, 4, 3)
-    path = tars.expand(pattern)[1]
+    path = expand(pattern)[1]
     with tarfile.open(path) as tar:
         cut = tar.getmember("00032.txt").offset_data
     os.truncate(path, cut)
@@ -344,57 +436,75 @@ def test_shard_that_got_shorter(tmp_path, workers):
     for batch in data.Loader(order, 24, workers=workers, num_steps=5):
         numbers += batch.ids.tolist()
         assert [number_of(x) for x in batch.images] == batch.ids.tolist()
-        counts = {reason: counts.get(reason, 0) + batch.bad.get(reason, 0) for reason in {*counts, *batch.bad}}
+        counts = {
+            reason: counts.get(reason, 0) + batch.bad.get(reason, 0)
+            for reason in {*counts, *batch.bad}
+        }
     assert counts == {"missing from shard": 8} and set(numbers) == set(range(32))
 
 
 def test_unreadable_shard_is_named(tmp_path):
     order = order_of(write_shards(tmp_path, (20, 20)), 8, 4, 3)
     os.remove(tmp_path / "00001.tar")
-    with pytest.raises(data.ShardError, match=r"00001.tar cannot be read \(4 attempts\): FileNotFoundError"):
+    with pytest.raises(
+        workers.ShardError, match=r"00001.tar cannot be read \(4 attempts\): FileNotFoundError"
+    ):
         load(order, 0, 5)
 
 
 def test_error_in_a_worker_arrives(tmp_path):
-    order = order_of(write_shards(tmp_path, (10,), **{f"s{n}": {"txt": b" "} for n in range(10)}), 4, 2)
-    with pytest.raises(data.ShardError, match=r"1\d bad samples in a row.*empty caption"):
+    order = order_of(
+        write_shards(tmp_path, (10,), **{f"s{n}": {"txt": b" "} for n in range(10)}), 4, 2
+    )
+    with pytest.raises(workers.ShardError, match=r"1\d bad samples in a row.*empty caption"):
         load(order, 0, 2, workers=1)
 
 
-# ---- the index ----
-
 def test_index_is_read_again_and_follows_changes(tmp_path, monkeypatch):
-    pattern, counted, count = write_shards(tmp_path / "a", (3, 4, 5)), [], tars.count_samples
-    monkeypatch.setattr(tars, "count_samples", lambda url, **k: counted.append(os.path.basename(url)) or count(url, **k))
-    assert data.load_index(pattern).counts.tolist() == [3, 4, 5] and len(counted) == 3
+    pattern, counted, count = write_shards(tmp_path / "a", (3, 4, 5)), [], count_samples
+    monkeypatch.setattr("ingest.index.count_samples",
+        lambda url, **k: counted.append(os.path.basename(url)) or count(url, **k),
+    )
+    assert load_index(pattern).counts.tolist() == [3, 4, 5] and len(counted) == 3
     stored = json.load(open(tmp_path / "a" / "index.json"))["shards"]
-    assert stored["00001.tar"] == {"size": os.path.getsize(tmp_path / "a" / "00001.tar"), "txt": 4} and len(os.listdir(tmp_path / "a")) == 4
-    data.load_index(f"{tmp_path}/a/*.tar"), data.load_index((pattern, pattern))
+    assert (
+        stored["00001.tar"] == {"size": os.path.getsize(tmp_path / "a" / "00001.tar"), "txt": 4}
+        and len(os.listdir(tmp_path / "a")) == 4
+    )
+    load_index(f"{tmp_path}/a/*.tar"), load_index((pattern, pattern))
     (tmp_path / "a").rename(tmp_path / "b")
-    assert data.load_index(f"{tmp_path}/b/0000{{0,2}}.tar").counts.tolist() == [3, 5] and len(counted) == 3
-    assert data.load_index(f"{tmp_path}/b/*.tar", "texts").num_samples == 12 and len(counted) == 6
+    assert (
+        load_index(f"{tmp_path}/b/0000{{0,2}}.tar").counts.tolist() == [3, 5] and len(counted) == 3
+    )
+    assert load_index(f"{tmp_path}/b/*.tar", "texts").num_samples == 12 and len(counted) == 6
     write_tar(tmp_path / "b" / "00001.tar", sample(0) + sample(1) + [("padding", bytes(9999))])
-    assert data.load_index(f"{tmp_path}/b/*.tar").counts.tolist() == [3, 2, 5] and counted[6:] == ["00001.tar"]
-    assert data.load_index(f"{tmp_path}/b/*.tar", "texts").counts.tolist() == [3, 2, 5] and counted[7:] == ["00001.tar"]
+    assert load_index(f"{tmp_path}/b/*.tar").counts.tolist() == [3, 2, 5] and counted[6:] == [
+        "00001.tar"
+    ]
+    assert load_index(f"{tmp_path}/b/*.tar", "texts").counts.tolist() == [3, 2, 5] and counted[
+        7:
+    ] == ["00001.tar"]
     write_tar(tmp_path / "b" / "00003.tar", sample(0))
     os.truncate(tmp_path / "b" / "00003.tar", 700)
     with pytest.raises(ConfigError, match="00003.tar"):
-        data.load_index(f"{tmp_path}/b/*.tar")
+        load_index(f"{tmp_path}/b/*.tar")
     (tmp_path / "b" / "index.json").write_text('{"wids_version": 1}')
-    with pytest.raises(ConfigError, match="index.json is not an index that data.py wrote: move it away"):
-        data.load_index(f"{tmp_path}/b/00000.tar")
+    with pytest.raises(
+        ConfigError, match="index.json is not an index: move it away"
+    ):
+        load_index(f"{tmp_path}/b/00000.tar")
 
 
 def test_read_only_folder(tmp_path, monkeypatch):
     pattern = write_shards(tmp_path / "a", (3,))
     os.chmod(tmp_path / "a", 0o555)
     try:
-        assert data.load_index(pattern).num_samples == 3 and os.listdir(tmp_path / "a") == ["00000.tar"]
+        assert load_index(pattern).num_samples == 3 and os.listdir(tmp_path / "a") == ["00000.tar"]
         assert len(glob.glob(str(tmp_path / "cache/fastclip/*.json"))) == 1
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.warns(UserWarning, match="the index cannot be written"):
-            assert data.load_index(pattern).num_samples == 3
+            assert load_index(pattern).num_samples == 3
     finally:
         os.chmod(tmp_path / "a", 0o755)
 
@@ -404,99 +514,187 @@ def test_img2dataset_statistics(tmp_path):
     (tmp_path / "00000_stats.json").write_text('{"count": 9, "successes": 5}')
     (tmp_path / "00001_stats.json").write_text('{"count": 9, "successes": 5}')
     with open(tmp_path / "00001.tar", "ab") as f:
-        f.write(b"x" * 1024)                                               # does not look finished: counted
-    assert data.load_index(pattern).counts.tolist() == [5, 6]
-    assert data.load_index("pipe:cat " + pattern).counts.tolist() == [5, 5]
-    assert data.load_index(pattern, verify=True).counts.tolist() == [6, 6]
+        f.write(b"x" * 1024)  # does not look finished: counted
+    assert load_index(pattern).counts.tolist() == [5, 6]
+    assert load_index("pipe:cat " + pattern).counts.tolist() == [5, 5]
+    assert load_index(pattern, verify=True).counts.tolist() == [6, 6]
 
 
 def test_what_is_a_sample(tmp_path):
-    files = [("a/1.JPG", picture(1, "jpg")), ("a/1.txt", b"one"), ("b/1.jpg", picture(2, "jpg")), ("b/1.txt", b"two"), ("readme", b""),
-             ("._2.jpg", b""), ("2.seg.png", b""), ("2.jpg", picture(3, "jpg")), ("._2.txt", b""), ("2.txt", b"three"), ("3.jpg", b""), ("4.txt", b"")]
-    index = data.load_index(write_tar(tmp_path / "x.tar", files))
+    files = [
+        ("a/1.JPG", picture(1, "jpg")),
+        ("a/1.txt", b"one"),
+        ("b/1.jpg", picture(2, "jpg")),
+        ("b/1.txt", b"two"),
+        ("readme", b""),
+        ("._2.jpg", b""),
+        ("2.seg.png", b""),
+        ("2.jpg", picture(3, "jpg")),
+        ("._2.txt", b""),
+        ("2.txt", b"three"),
+        ("3.jpg", b""),
+        ("4.txt", b""),
+    ]
+    index = load_index(write_tar(tmp_path / "x.tar", files))
     assert index.counts.tolist() == [3]
-    assert [key for key, _ in tars.usable_samples(index.shards[0], ("txt",), range(0))] == ["a/1", "b/1", "2"]
+    assert [key for key, _ in usable_samples(index.shards[0], ("txt",), range(0))] == [
+        "a/1",
+        "b/1",
+        "2",
+    ]
 
 
 def test_errors_of_the_index(tmp_path):
     def refused(pattern, match, **options):
         with pytest.raises(ConfigError, match=match):
-            data.load_index(pattern, **options)
+            load_index(pattern, **options)
+
     pattern = write_shards(tmp_path / "a", (3, 3, 3))
     refused(str(tmp_path / "none*.tar"), "matches no file")
-    refused(pattern.replace("00002", "00006"), r"00003.tar does not exist, 4 of 7 shards are missing: fetch them")
+    refused(
+        pattern.replace("00002", "00006"),
+        r"00003.tar does not exist, 4 of 7 shards are missing: fetch them",
+    )
     refused("a{0..3.tar", "a{0..3.tar")
     (tmp_path / "zero.tar").touch()
-    refused(str(tmp_path / "zero.tar"), r"zero.tar \(0 bytes\) is unreadable or damaged after 0 samples.*empty header.*fetch it again")
+    refused(
+        str(tmp_path / "zero.tar"),
+        r"zero.tar \(0 bytes\) is unreadable or damaged after 0 samples.*empty header.*fetch it again",
+    )
     (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(5000))
-    refused(str(tmp_path / "noise.tar"), r"noise.tar \(5000 bytes\) is unreadable or damaged after 0 samples: not a tar")
+    refused(
+        str(tmp_path / "noise.tar"),
+        r"noise.tar \(5000 bytes\) is unreadable or damaged after 0 samples: not a tar",
+    )
     (tmp_path / "folder.tar").mkdir()
     refused(str(tmp_path / "folder.tar"), "folder.tar .* is unreadable")
-    refused("pipe:false {1..2}.tar", "pipe:false 1.tar is unreadable or damaged after 0 samples: the command failed, exit status 1")
+    refused(
+        "pipe:false {1..2}.tar",
+        "pipe:false 1.tar is unreadable or damaged after 0 samples: the command failed, exit status 1",
+    )
     whole = (tmp_path / "a" / "00000.tar").read_bytes()
     with tarfile.open(tmp_path / "a" / "00000.tar") as tar:
-        header, end = tar.getmember("00002.png" if "00002.png" in tar.getnames() else "00002.webp").offset, tar.getmembers()[-1]
+        header, end = (
+            tar.getmember("00002.png" if "00002.png" in tar.getnames() else "00002.webp").offset,
+            tar.getmembers()[-1],
+        )
         marker = end.offset_data + 512
-    for name, content in (("payload", whole[:header + 700]), ("boundary", whole[:header]), ("no_marker", whole[:marker]),
-                          ("broken", whole[:header] + b"x" * 512 + whole[header + 512:])):
+    for name, content in (
+        ("payload", whole[: header + 700]),
+        ("boundary", whole[:header]),
+        ("no_marker", whole[:marker]),
+        ("broken", whole[:header] + b"x" * 512 + whole[header + 512 :]),
+    ):
         (tmp_path / f"{name}.tar").write_bytes(content)
-        refused(str(tmp_path / f"{name}.tar"), f"{name}.tar .*unreadable or damaged after [12] samples")
-        refused(f"pipe:cat {tmp_path}/{name}.tar", f"{name}.tar is unreadable or damaged after [12] samples")
+        refused(
+            str(tmp_path / f"{name}.tar"), f"{name}.tar .*unreadable or damaged after [12] samples"
+        )
+        refused(
+            f"pipe:cat {tmp_path}/{name}.tar",
+            f"{name}.tar is unreadable or damaged after [12] samples",
+        )
     write_tar(tmp_path / "plain.tar", [(f"{i}.jpg", b"") for i in range(4)] + [("x.json", b"")])
-    refused(str(tmp_path / "plain.tar"), "plain.tar has no usable sample: .*image.*txt; it holds 4 jpg, 1 json; set caption_key")
+    refused(
+        str(tmp_path / "plain.tar"),
+        "plain.tar has no usable sample: .*image.*txt; it holds 4 jpg, 1 json; set caption_key",
+    )
     write_tar(tmp_path / "nothing.tar", [])
     refused(str(tmp_path / "nothing.tar"), "no usable sample in 1 shards")
 
 
 def test_errors_of_order_and_loader(shards):
-    index = data.load_index(shards)
-    with pytest.raises(ConfigError, match=r"120 samples in 5 shards do not fill one global batch: 120 // batch_size = 128 is 0 steps"):
+    index = load_index(shards)
+    with pytest.raises(
+        ConfigError,
+        match=r"120 samples in 5 shards do not fill one global batch: 120 // batch_size = 128 is 0 steps",
+    ):
         data.Order(index, 128)
     with pytest.raises(ConfigError, match="lanes = 5 does not divide batch_size = 16"):
         data.Order(index, 16, 5)
-    with pytest.raises(ConfigError, match=r"lanes = 8 cannot be dealt to 3 ranks, 8 / 3 leaves 2: lanes = 24 would work"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lanes = 8 cannot be dealt to 3 ranks, 8 / 3 leaves 2: lanes = 24 would work",
+    ):
         data.Loader(data.Order(index, 24, 8), 8, world_size=3)
     with pytest.raises(ConfigError, match="make batch_size = 16 a multiple of 3"):
         data.Loader(data.Order(index, 16, 8), 8, world_size=3)
 
 
 def test_command_line(tmp_path, capsys):
-    pattern = write_shards(tmp_path / "a", (4, 4), s2={"webp": b"?"}, s6={"jpg": b"?"}, s7={"txt": b""})
-    result = subprocess.run([sys.executable, data.__file__, "index", pattern, "--verify", f"--out={tmp_path}/out.json"], capture_output=True, text=True)
-    assert result.returncode == 0 and "8 samples in 2 shards" in result.stdout and "indexing" in result.stderr
-    assert "00000.tar 00002: corrupt image" in result.stdout and "00001.tar: 4 samples, bad: {'corrupt image': 1, 'empty caption': 1}" in result.stdout
+    pattern = write_shards(
+        tmp_path / "a", (4, 4), s2={"webp": b"?"}, s6={"jpg": b"?"}, s7={"txt": b""}
+    )
+    result = subprocess.run(
+        [sys.executable, data.__file__, "index", pattern, "--verify", f"--out={tmp_path}/out.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        result.returncode == 0
+        and "8 samples in 2 shards" in result.stdout
+        and "indexing" in result.stderr
+    )
+    assert (
+        "00000.tar 00002: corrupt image" in result.stdout
+        and "00001.tar: 4 samples, bad: {'corrupt image': 1, 'empty caption': 1}" in result.stdout
+    )
     assert (tmp_path / "out.json").exists() and not (tmp_path / "a" / "index.json").exists()
-    assert data.load_index(pattern, path=str(tmp_path / "out.json")).num_samples == 8
-    data.main(["index", pattern, pattern, "--caption_key", "texts"])
-    assert "16 samples in 4 shards" in capsys.readouterr().out and (tmp_path / "a" / "index.json").exists()
+    assert load_index(pattern, path=str(tmp_path / "out.json")).num_samples == 8
+    index.main([pattern, pattern, "--caption_key", "texts"])
+    assert (
+        "16 samples in 4 shards" in capsys.readouterr().out
+        and (tmp_path / "a" / "index.json").exists()
+    )
     with pytest.raises(SystemExit, match="error: .*b.tar matches no file"):
-        data.or_exit(data.main, ["index", str(tmp_path / "b.tar")])
+        or_exit(index.main, [str(tmp_path / "b.tar")])
 
-
-# ---- evaluation ----
 
 @pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 2), (3, 1)])
 def test_evaluation_set_once(shards, ranks, workers):
     read = {}
     for rank in range(ranks):
-        for batch in data.read_samples((shards,), 24, "texts", 16, rank, ranks, workers):
-            assert batch.images.shape[1:] == (3, 24, 24) and len(batch.images) <= 16 and not batch.bad
-            for position, image, texts, label in zip(batch.positions.tolist(), batch.images, batch.captions, batch.classes):
-                assert position % ranks == rank and position not in read and number_of(image) == position and label is None
+        for batch in evaluation.read_samples((shards,), 24, "texts", 16, rank, ranks, workers):
+            assert (
+                batch.images.shape[1:] == (3, 24, 24) and len(batch.images) <= 16 and not batch.bad
+            )
+            for position, image, texts, label in zip(
+                batch.positions.tolist(), batch.images, batch.captions, batch.classes
+            ):
+                assert (
+                    position % ranks == rank
+                    and position not in read
+                    and number_of(image) == position
+                    and label is None
+                )
                 assert texts == [f"sample {position} {c}" for c in "abcdefgh"]
                 read[position] = image
     assert len(read) == N
     whole = images.decode({"png": picture(1, "png")})
-    assert torch.equal(read[1], data.evaluation_sample({"png": picture(1, "png")}, 24, "")[0]) and whole.shape == (3, 31, 40)
+    assert torch.equal(
+        read[1], evaluation.evaluation_sample({"png": picture(1, "png")}, 24, "")[0]
+    ) and whole.shape == (3, 31, 40)
 
 
 def test_evaluation_set_with_classes(tmp_path):
-    pattern = write_shards(tmp_path, (4, 3), **{f"s{n}": {"txt": None, "json": None, "cls": str(n * 2).encode()} for n in range(7)}, )
-    write_tar(tmp_path / "00002.tar", sample(7, txt=None, cls=b"x") + sample(8, txt=None, png=b"", cls=b"1", webp=b"") + sample(9, cls=b"3"))
+    pattern = write_shards(
+        tmp_path,
+        (4, 3),
+        **{f"s{n}": {"txt": None, "json": None, "cls": str(n * 2).encode()} for n in range(7)},
+    )
+    write_tar(
+        tmp_path / "00002.tar",
+        sample(7, txt=None, cls=b"x")
+        + sample(8, txt=None, png=b"", cls=b"1", webp=b"")
+        + sample(9, cls=b"3"),
+    )
     pattern = pattern.replace("00001}", "00002}")
     with pytest.raises(ConfigError, match="has no usable sample"):
-        data.load_index(pattern.replace("00002}", "00001}"))
-    assert data.load_index(pattern, evaluation=True).counts.tolist() == [4, 3, 3]
-    batch, = data.read_samples(pattern, 24, batch_size=100, workers=0)
-    assert batch.positions.tolist() == [*range(7), 9] and batch.classes == [0, 2, 4, 6, 8, 10, 12, 3] and batch.captions == [[]] * 7 + [["sample 9"]]
+        load_index(pattern.replace("00002}", "00001}"))
+    assert load_index(pattern, evaluation=True).counts.tolist() == [4, 3, 3]
+    (batch,) = evaluation.read_samples(pattern, 24, batch_size=100, workers=0)
+    assert (
+        batch.positions.tolist() == [*range(7), 9]
+        and batch.classes == [0, 2, 4, 6, 8, 10, 12, 3]
+        and batch.captions == [[]] * 7 + [["sample 9"]]
+    )
     assert batch.bad == {"class is not a number": 1, "corrupt image": 1}

@@ -9,25 +9,34 @@ import time
 import pytest
 import torch
 import torch.distributed as c10d
+import watchdog
 from torch import nn
 
 import dist
-import watchdog
 from conftest import ROOT
-from ranks import run_ranks
+from helpers import run_ranks
+from runtime import hardware
 
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5), nn.Linear(5, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+        nn.Linear(5, 1),
+    )
 
 
 def reduced_gradients(wire, bucket_mb, pieces):
-    model = network().to(memory_format=torch.channels_last)       # strides that are not the default ones
-    model.append(nn.Linear(3, 3))                                  # takes no part in the forward pass
+    model = network().to(memory_format=torch.channels_last)  # strides that are not the default ones
+    model.append(nn.Linear(3, 3))  # takes no part in the forward pass
     reducer = dist.GradReducer(model.parameters(), bucket_mb, wire)
     g = torch.Generator().manual_seed(dist.rank())
-    for _ in range(2):                                             # twice: nothing may be left over from the first time
+    for _ in range(2):  # twice: nothing may be left over from the first time
         x = torch.randn(4, 3, 6, 6, generator=g)
         reducer.zero()
         for i, part in enumerate(x.chunk(pieces)):
@@ -36,28 +45,47 @@ def reduced_gradients(wire, bucket_mb, pieces):
             (model[:-1].eval()(part).square().sum()).backward()
         reducer.wait()
     counted = dist.traffic["gradients"]
-    return x, [None if p.grad is None else p.grad.clone() for p in model.parameters()], len(reducer.buckets), counted
+    return (
+        x,
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        len(reducer.buckets),
+        counted,
+    )
 
 
-@pytest.mark.parametrize("wire,bucket_mb,pieces", [(torch.float32, 25.0, 1), (torch.float32, 1e-4, 2), (torch.bfloat16, 1e-3, 1)])
+@pytest.mark.parametrize(
+    "wire,bucket_mb,pieces",
+    [(torch.float32, 25.0, 1), (torch.float32, 1e-4, 2), (torch.bfloat16, 1e-3, 1)],
+)
 def test_gradients_are_the_mean_over_ranks(wire, bucket_mb, pieces):
     ranks = run_ranks(2, reduced_gradients, wire, bucket_mb, pieces)
     model = network().eval()
     (torch.cat([model(x).square() for x, *_ in ranks]).sum() / 2).backward()
     for x, gradients, buckets, counted in ranks:
         for p, grad in zip(model.parameters(), gradients):
-            torch.testing.assert_close(grad, p.grad, rtol=2e-2 if wire == torch.bfloat16 else 1e-5, atol=1e-2 if wire == torch.bfloat16 else 1e-6)
+            torch.testing.assert_close(
+                grad,
+                p.grad,
+                rtol=2e-2 if wire == torch.bfloat16 else 1e-5,
+                atol=1e-2 if wire == torch.bfloat16 else 1e-6,
+            )
         assert all(grad is None or not grad.any() for grad in gradients[-2:])
         assert (buckets > 3) == (bucket_mb < 1e-3)
         parameters = sum(p.numel() for p in model.parameters()) + 12
-        assert counted == 2 * parameters * (2 if wire == torch.bfloat16 else 4)     # 2 steps x 2 (K-1)/K x bytes, K = 2
+        assert counted == 2 * parameters * (
+            2 if wire == torch.bfloat16 else 4
+        )  # 2 steps x 2 (K-1)/K x bytes, K = 2
 
 
 def test_alone_every_collective_is_the_identity():
     x = torch.arange(4.0)
     assert dist.all_gather(x, "x") is x
     dist.all_reduce(x, "x").wait()
-    assert x.tolist() == [0, 1, 2, 3] and dist.all_gather_objects("a") == ["a"] and dist.world_size() == 1
+    assert (
+        x.tolist() == [0, 1, 2, 3]
+        and dist.all_gather_objects("a") == ["a"]
+        and dist.world_size() == 1
+    )
     dist.barrier()
     assert dist.traffic["x"] == 0
 
@@ -69,9 +97,13 @@ def weights_checked():
         model[1].running_mean += dist.rank()
         with dist.averaged_batchnorm(model):
             means = model[1].running_mean.clone()
-        assert torch.equal(model[1].running_mean, torch.full((8,), float(dist.rank())))         # and its own again
+        assert torch.equal(
+            model[1].running_mean, torch.full((8,), float(dist.rank()))
+        )  # and its own again
         if dist.rank() == 1:
-            model[3].weight[0, 0, 0, 0] = torch.nextafter(model[3].weight[0, 0, 0, 0], torch.tensor(9.0))    # one bit
+            model[3].weight[0, 0, 0, 0] = torch.nextafter(
+                model[3].weight[0, 0, 0, 0], torch.tensor(9.0)
+            )  # one bit
     try:
         dist.check_same_weights(model)
         message = ""
@@ -100,14 +132,23 @@ def test_gather_is_in_rank_order_and_counted():
 
 
 def test_the_watchdog_names_the_step():
-    code = "import watchdog, time; w = watchdog.Watchdog(0.5); w.beat('step 7'); time.sleep(20)"
+    code = "import watchdog, time; w = watchdog.Watchdog(0.5); w.progress('step 7'); time.sleep(20)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1 and "nothing has finished for 0 s after step 7" in run.stderr.replace("0.5", "0")
+    assert (
+        run.returncode == 1
+        and "nothing has finished for 0 s after step 7" in run.stderr.replace("0.5", "0")
+    )
 
 
-@pytest.mark.parametrize("last, status, words", [
-    ("print('done')", 0, "done"), ("raise ConfigError('no such shard')", 1, "error: no such shard"), ("sys.exit(3)", 3, ""),
-    ("raise ValueError('broken')", 1, "ValueError: broken")])
+@pytest.mark.parametrize(
+    "last, status, words",
+    [
+        ("print('done')", 0, "done"),
+        ("raise ConfigError('no such shard')", 1, "error: no such shard"),
+        ("sys.exit(3)", 3, ""),
+        ("raise ValueError('broken')", 1, "ValueError: broken"),
+    ],
+)
 def test_a_rank_ends_whatever_its_threads_do(last, status, words):
     """Python aborts when it takes itself apart and finds a thread that comes out of torch's C++. A file in the making is still written."""
     code = f"""
@@ -124,11 +165,24 @@ def main(argv):
     atexit.register(print, "farewell")
     {last}
 
-dist.run(main, [])
+ranks.run(main, [])
 """
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "PYTHONPATH": ROOT}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
-    assert run.returncode == status and words in run.stdout + run.stderr and run.stdout.endswith("written\nfarewell\n"), run
+    env = {
+        **os.environ,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "PYTHONPATH": ROOT,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env
+    )
+    assert (
+        run.returncode == status
+        and words in run.stdout + run.stderr
+        and run.stdout.endswith("written\nfarewell\n")
+    ), run
 
 
 def test_the_watchdog_is_out_of_its_store_when_it_stops(monkeypatch):
@@ -143,6 +197,7 @@ def test_the_watchdog_is_out_of_its_store_when_it_stops(monkeypatch):
         entered.set()
         time.sleep(0.5)
         return check(self, keys)
+
     monkeypatch.setattr(c10d.PrefixStore, "check", slow_check)
     dog = watchdog.Watchdog(1.0)
     assert entered.wait(10)
@@ -159,13 +214,23 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 def test_compiling_needs_something_to_build_with(monkeypatch, tmp_path, capsys):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert dist.compiles(True, cpu) and not dist.compiles("auto", cpu) and not dist.compiles(False, gpu) and not capsys.readouterr().err
+    assert (
+        hardware.compiles(True, cpu)
+        and not hardware.compiles("auto", cpu)
+        and not hardware.compiles(False, gpu)
+        and not capsys.readouterr().err
+    )
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(dist.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(hardware.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("CC", "cc")
-    assert dist.compiles("auto", gpu) and not capsys.readouterr().err
+    assert hardware.compiles("auto", gpu) and not capsys.readouterr().err
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(dist.shutil, "which", lambda _: None)
-    assert not dist.compiles("auto", gpu) and "it needs a C compiler (" in capsys.readouterr().err
+    monkeypatch.setattr(hardware.shutil, "which", lambda _: None)
+    assert (
+        not hardware.compiles("auto", gpu) and "it needs a C compiler (" in capsys.readouterr().err
+    )
     (tmp_path / "Python.h").unlink()
-    assert not dist.compiles("auto", gpu) and "it needs a C compiler and Python.h (" in capsys.readouterr().err
+    assert (
+        not hardware.compiles("auto", gpu)
+        and "it needs a C compiler and Python.h (" in capsys.readouterr().err
+    )

@@ -19,9 +19,15 @@ class Toy(nn.Module):
 
 def test_warmup_and_cosine():
     c = Config(lr=1.0, lr_min=0.1, warmup_steps=10, algorithm="openclip")
-    assert optim.lr(c, 0, 110) == pytest.approx(0.1) and optim.lr(c, 9, 110) == 1.0 and optim.lr(c, 10, 110) == 1.0
-    assert optim.lr(c, 60, 110) == pytest.approx(0.55) and optim.lr(c, 110, 110) == pytest.approx(0.1)
-    assert optim.lr_tau(c, 60, 110) == pytest.approx(0.55)                       # openclip: tau as the model
+    assert (
+        optim.lr(c, 0, 110) == pytest.approx(0.1)
+        and optim.lr(c, 9, 110) == 1.0
+        and optim.lr(c, 10, 110) == 1.0
+    )
+    assert optim.lr(c, 60, 110) == pytest.approx(0.55) and optim.lr(c, 110, 110) == pytest.approx(
+        0.1
+    )
+    assert optim.lr_tau(c, 60, 110) == pytest.approx(0.55)  # openclip: tau as the model
 
 
 def test_lr_tau_constant_and_threshold():
@@ -47,7 +53,9 @@ def test_the_threshold_is_a_third_of_the_learning_rate(name):
         before = model.logit_scale.detach().clone()
         optimizer.step()
         if lr == 0.01:
-            moved[tau, lr] = (model.logit_scale - before).item()                 # the plain step, with a third of the lr
+            moved[tau, lr] = (
+                model.logit_scale - before
+            ).item()  # the plain step, with a third of the lr
         else:
             optim.finish_tau_step(model.logit_scale, before, c)
             moved[tau, lr] = (model.logit_scale - before).item()
@@ -66,19 +74,48 @@ def test_tau_is_kept_in_its_range():
 def test_gamma():
     c = Config(algorithm="fastclip-v3", gamma_min=0.2, gamma_decay_epochs=4)
     by_epoch = [optim.gamma(c, 10 * e + 5, 10, 100) for e in range(6)]
-    assert by_epoch == pytest.approx([1.0, 0.2 + 0.4 * (1 + math.cos(math.pi / 4)), 0.6, 0.2 + 0.4 * (1 + math.cos(3 * math.pi / 4)), 0.2, 0.2])
+    assert by_epoch == pytest.approx(
+        [
+            1.0,
+            0.2 + 0.4 * (1 + math.cos(math.pi / 4)),
+            0.6,
+            0.2 + 0.4 * (1 + math.cos(3 * math.pi / 4)),
+            0.2,
+            0.2,
+        ]
+    )
     smooth = Config(algorithm="fastclip-v3", gamma_min=0.2, gamma_decay_epochs=4, gamma_smooth=True)
-    assert optim.gamma(smooth, 20, 10, 100) == pytest.approx(0.6) and optim.gamma(smooth, 25, 10, 100) < 0.6
+    assert (
+        optim.gamma(smooth, 20, 10, 100) == pytest.approx(0.6)
+        and optim.gamma(smooth, 25, 10, 100) < 0.6
+    )
     assert optim.gamma(Config(algorithm="sogclr", gamma_min=0.3), 0, 10, 100) == 0.3
-    assert optim.gamma(Config(algorithm="fastclip-v1", gamma_min=0.2), 50, 10, 100) == pytest.approx(0.2)    # default: half of the run
+    assert optim.gamma(
+        Config(algorithm="fastclip-v1", gamma_min=0.2), 50, 10, 100
+    ) == pytest.approx(0.2)  # default: half of the run
 
 
 def test_groups():
     model = Toy()
-    groups = {g["name"]: g for g in optim.create(model, Config(algorithm="fastclip-v3", weight_decay=0.1)).param_groups}
-    assert groups["decay"]["weight_decay"] == 0.1 and [p.ndim for p in groups["decay"]["params"]] == [2]
-    assert groups["no_decay"]["weight_decay"] == 0 and [p.ndim for p in groups["no_decay"]["params"]] == [1]
+    groups = {
+        g["name"]: g
+        for g in optim.create(model, Config(algorithm="fastclip-v3", weight_decay=0.1)).param_groups
+    }
+    assert groups["decay"]["weight_decay"] == 0.1 and [
+        p.ndim for p in groups["decay"]["params"]
+    ] == [2]
+    assert groups["no_decay"]["weight_decay"] == 0 and [
+        p.ndim for p in groups["no_decay"]["params"]
+    ] == [1]
     assert groups["tau"]["params"][0] is model.logit_scale and groups["tau"]["weight_decay"] == 0
     assert groups["decay"]["betas"] == (0.9, 0.98) and groups["decay"]["eps"] == 1e-6
-    for name in ("fastclip-v1", "fastclip-v2", "sogclr", "isogclr"):             # tau constant, or kept per sample
-        assert [g["name"] for g in optim.create(Toy(), Config(algorithm=name)).param_groups] == ["decay", "no_decay"]
+    for name in (
+        "fastclip-v1",
+        "fastclip-v2",
+        "sogclr",
+        "isogclr",
+    ):  # tau constant, or kept per sample
+        assert [g["name"] for g in optim.create(Toy(), Config(algorithm=name)).param_groups] == [
+            "decay",
+            "no_decay",
+        ]

@@ -1,4 +1,5 @@
 """tokenizer.py against open_clip's default tokenizer, and against ids pinned here."""
+
 import html
 import os
 import pickle
@@ -8,14 +9,33 @@ import ftfy
 import pytest
 import torch
 
-import tokenizer as module
-from tokenizer import CACHE_WORD_LENGTH, EOT, SOT, Tokenizer
+from ingest import tokenizer as module
+from ingest.tokenizer import CACHE_WORD_LENGTH, EOT, SOT, Tokenizer
 
 PINNED = {  # from open_clip 3.3.0
     "": [],
     "a photo of a dog": [320, 1125, 539, 320, 1929],
-    "Two Dogs' 2019 sled-race, it's 10:30!":
-        [1237, 3255, 262, 273, 271, 272, 280, 28438, 268, 2471, 267, 585, 568, 272, 271, 281, 274, 271, 256],
+    "Two Dogs' 2019 sled-race, it's 10:30!": [
+        1237,
+        3255,
+        262,
+        273,
+        271,
+        272,
+        280,
+        28438,
+        268,
+        2471,
+        267,
+        585,
+        568,
+        272,
+        271,
+        281,
+        274,
+        271,
+        256,
+    ],
     "caf\u00e9 cafe\u0301": [15304, 15304],
     "&amp;lt;b&amp;gt; R&amp;D": [283, 321, 285, 337, 261, 323],
     "it\u2019s \u201cfun\u201d": [585, 568, 257, 1499, 257],
@@ -27,27 +47,87 @@ PINNED = {  # from open_clip 3.3.0
     "<end_of_text>x": [EOT, 343],
     "\ud800": [39802],
     "antidisestablishmentarianism's": [3120, 4262, 7726, 12658, 1585, 44351, 568],
-    "https://t.co/a_b?x=1&y=2":
-        [30901, 12441, 339, 269, 1320, 270, 320, 318, 321, 286, 343, 284, 272, 261, 344, 284, 273],
+    "https://t.co/a_b?x=1&y=2": [
+        30901,
+        12441,
+        339,
+        269,
+        1320,
+        270,
+        320,
+        318,
+        321,
+        286,
+        343,
+        284,
+        272,
+        261,
+        344,
+        284,
+        273,
+    ],
 }
 
 TRICKY = [
-    "", " ", "\t\r\n \f\v", "\u3000\xa0\u2003", "\x00", "a\x00b\x1fc\x7fd", "a\vb a\x1cb a\x1db a\x1eb",
-    "a\x85b", "a\u2028b\u2029c\u200bd\ufeffe", "\x1b[31mred\x1b[0m dog", "\x1b[", "\x1bdog", "dog\r\nbites\rman",
-    "<start_of_text>", "a <end_of_text> b<start_of_text>c", "<END_OF_TEXT>", "<Start_Of_Text>dog",
-    "<\u017ftart_of_text>", "&lt;end_of_text&gt;", "<end_of_text", "</w>", "a</w>b </W>", "<|endoftext|>",
-    "it's they're I've I'm we'll he'd can't IT'S", "dog's's 'tis ''s 's", "'\u017f x'\u017f", "rock'n'roll",
-    "\u2018tis \u201cthe\u201d dog\u2019s \u00ab \u00bb \u201e", "&amp; &amp;amp; &amp;amp;amp;lt; &lt;b&gt;",
-    "&quot;caf&eacute;&quot; &EACUTE; &#39;s &#x1F600; &#128512; &nbsp;x&nbsp;", "&amp;quot;hi&amp;quot;", "AT&T R&D",
-    "this&not that &ampdog &;", "&#0; &#xD800; &#x110000; &#27;[31m", "<b>&eacute;</b>\n&eacute;", "&#38;#38;lt;",
-    "caf\u00e9 cafe\u0301 \u0130stanbul \u1e9eSTRASSE \u212a \u03a3\u03a3 \u03a3\u3000\u03a3", "na\u00efve fa\u00e7ade",
-    "voil\u00c3\u00a0 \u00e2\u20ac\u201cdog\u00e2\u20ac\u2122s \u00c3\u00a9", "\u00f0\u0178\u02dc\u0081 \u00c3",
-    "\ufb01sh \uff24\uff4f\uff47 \uff8a\uff9f\u30f3", "\u5199\u771f \u72d7 \u72ac\u306e\u5199\u771f \uac1c \u6f22\u5b57123",
-    "\u05db\u05dc\u05d1 \u0643\u0644\u0628 \u200f\u202eabc", "\u0e2a\u0e38\u0e19\u0e31\u0e02 \u0915\u0941\u0924\u094d\u0924\u093e",
-    "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001f1eb\U0001f1f7", "1\ufe0f\u20e3",
-    "\ud800", "a\udc00b", "\ud83d\udca9 \udca9\ud83d", "dog\ud83d", "\ufffd \uffff \U0010ffff \ue000",
-    "https://example.com/a_b/c?d=e&f=1&copy=2#g IMG_2041.JPG", "2,000.50 x2 4K \u00bd \u00b2 \u2167 \u0663\u0664",
-    "_under_ __score__ $#@!%^*()[]{}|\\~`+=", "!" * 300, "a" * 1000, "dog " * 200, "\U0001f600" * 90, "x" * 76 + " y",
+    "",
+    " ",
+    "\t\r\n \f\v",
+    "\u3000\xa0\u2003",
+    "\x00",
+    "a\x00b\x1fc\x7fd",
+    "a\vb a\x1cb a\x1db a\x1eb",
+    "a\x85b",
+    "a\u2028b\u2029c\u200bd\ufeffe",
+    "\x1b[31mred\x1b[0m dog",
+    "\x1b[",
+    "\x1bdog",
+    "dog\r\nbites\rman",
+    "<start_of_text>",
+    "a <end_of_text> b<start_of_text>c",
+    "<END_OF_TEXT>",
+    "<Start_Of_Text>dog",
+    "<\u017ftart_of_text>",
+    "&lt;end_of_text&gt;",
+    "<end_of_text",
+    "</w>",
+    "a</w>b </W>",
+    "<|endoftext|>",
+    "it's they're I've I'm we'll he'd can't IT'S",
+    "dog's's 'tis ''s 's",
+    "'\u017f x'\u017f",
+    "rock'n'roll",
+    "\u2018tis \u201cthe\u201d dog\u2019s \u00ab \u00bb \u201e",
+    "&amp; &amp;amp; &amp;amp;amp;lt; &lt;b&gt;",
+    "&quot;caf&eacute;&quot; &EACUTE; &#39;s &#x1F600; &#128512; &nbsp;x&nbsp;",
+    "&amp;quot;hi&amp;quot;",
+    "AT&T R&D",
+    "this&not that &ampdog &;",
+    "&#0; &#xD800; &#x110000; &#27;[31m",
+    "<b>&eacute;</b>\n&eacute;",
+    "&#38;#38;lt;",
+    "caf\u00e9 cafe\u0301 \u0130stanbul \u1e9eSTRASSE \u212a \u03a3\u03a3 \u03a3\u3000\u03a3",
+    "na\u00efve fa\u00e7ade",
+    "voil\u00c3\u00a0 \u00e2\u20ac\u201cdog\u00e2\u20ac\u2122s \u00c3\u00a9",
+    "\u00f0\u0178\u02dc\u0081 \u00c3",
+    "\ufb01sh \uff24\uff4f\uff47 \uff8a\uff9f\u30f3",
+    "\u5199\u771f \u72d7 \u72ac\u306e\u5199\u771f \uac1c \u6f22\u5b57123",
+    "\u05db\u05dc\u05d1 \u0643\u0644\u0628 \u200f\u202eabc",
+    "\u0e2a\u0e38\u0e19\u0e31\u0e02 \u0915\u0941\u0924\u094d\u0924\u093e",
+    "\U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001f1eb\U0001f1f7",
+    "1\ufe0f\u20e3",
+    "\ud800",
+    "a\udc00b",
+    "\ud83d\udca9 \udca9\ud83d",
+    "dog\ud83d",
+    "\ufffd \uffff \U0010ffff \ue000",
+    "https://example.com/a_b/c?d=e&f=1&copy=2#g IMG_2041.JPG",
+    "2,000.50 x2 4K \u00bd \u00b2 \u2167 \u0663\u0664",
+    "_under_ __score__ $#@!%^*()[]{}|\\~`+=",
+    "!" * 300,
+    "a" * 1000,
+    "dog " * 200,
+    "\U0001f600" * 90,
+    "x" * 76 + " y",
 ]
 
 WORDS = """a an the of in on at with and to is are two three black white brown young little man woman men girl boy
@@ -58,14 +138,38 @@ cafe\u0301 jalape\u00f1o M\u00fcnchen Z\u00fcrich \u0130zmir \u0141\u00f3d\u017a
 https://t.co/Ab9xYz www.example.com/img?id=3&w=640 file_name.jpg \u72ac \u732b\u306e\u5199\u771f \u0441\u043e\u0431\u0430\u043a\u0430
 \u0643\u0644\u0628 \u05db\u05dc\u05d1 \uac15\uc544\uc9c0 \U0001f436 \U0001f44d\U0001f3ff \U0001f469\u200d\U0001f680 \u2764\ufe0f \u2728 \u2122 \ufb01ne \uff26\uff35\uff2c\uff2c
 caf\u00c3\u00a9 it\u00e2\u20ac\u2122s \u00e2\u20ac\u0153hi\u00e2\u20ac\u009d \u00c3\u00bcber \u00c2\u00a9 \u03a3\u039f\u03a6\u039f\u03a3""".split()
-SPACES = [" "] * 12 + ["", "", "  ", "\t", "\n", "\r\n", "\v", "\f", "\x1c", "\x85", "\xa0", "\u3000", "\u200b", "\u2028"]
+SPACES = [" "] * 12 + [
+    "",
+    "",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\v",
+    "\f",
+    "\x1c",
+    "\x85",
+    "\xa0",
+    "\u3000",
+    "\u200b",
+    "\u2028",
+]
 
 
 def generated(n, seed=0):
     """n strings: mostly captions put together from WORDS, the rest noise that no caption should hold."""
     rng = random.Random(seed)
-    pools = [range(128), range(256), range(0x20, 0x250), range(0x300, 0x600), range(0x2000, 0x2c00),
-             range(0xd700, 0xe010), range(0xfe00, 0x10000), range(0x1f300, 0x1fb00), range(0x110000)]
+    pools = [
+        range(128),
+        range(256),
+        range(0x20, 0x250),
+        range(0x300, 0x600),
+        range(0x2000, 0x2C00),
+        range(0xD700, 0xE010),
+        range(0xFE00, 0x10000),
+        range(0x1F300, 0x1FB00),
+        range(0x110000),
+    ]
     ascii_words = [w for w in WORDS if w.isascii() and "&" not in w]
     for i in range(n):
         if i % 4 < 3:
@@ -73,7 +177,9 @@ def generated(n, seed=0):
             count = 100 if i % 50 == 0 else rng.choice([1, 3, 6, 12, 20])
             text = "".join(rng.choice(words) + rng.choice(SPACES) for _ in range(count))
             if i % 16 == 1:  # mojibake of the whole
-                text = text.encode("utf-8", "replace").decode(rng.choice(["latin-1", "cp437", "macroman"]))
+                text = text.encode("utf-8", "replace").decode(
+                    rng.choice(["latin-1", "cp437", "macroman"])
+                )
         else:
             pool = rng.choice(pools)
             text = "".join(chr(rng.choice(pool)) for _ in range(rng.choice([1, 2, 5, 20, 60])))
@@ -116,7 +222,11 @@ def test_same_as_open_clip_on_generated_strings(tok, reference):
 
 def test_same_as_open_clip_around_every_ascii_character(tok, reference):
     """The fast path for clean text must let no character by that cleaning changes."""
-    assert_same(tok, reference, [f"Dog{chr(a)}{chr(b)}s 1" for a in range(128) for b in b"\t\n\v\r\x1b\x1c &;['<x"])
+    assert_same(
+        tok,
+        reference,
+        [f"Dog{chr(a)}{chr(b)}s 1" for a in range(128) for b in b"\t\n\v\r\x1b\x1c &;['<x"],
+    )
 
 
 def test_merges_are_ordered(tok):
@@ -131,7 +241,9 @@ def test_shape_padding_and_dtype(tok):
     assert ids.shape == (2, 77) and ids.dtype == torch.long
     assert ids[0].tolist() == [SOT, 320, 1125, 539, 320, 1929, EOT] + [0] * 70
     assert ids[1].tolist() == [SOT, EOT] + [0] * 75
-    assert torch.equal(tok("a photo of a dog"), ids[:1]) and torch.equal(tok(("a photo of a dog", "")), ids)
+    assert torch.equal(tok("a photo of a dog"), ids[:1]) and torch.equal(
+        tok(("a photo of a dog", "")), ids
+    )
     assert tok([]).shape == (0, 77) and tok([]).dtype == torch.long
 
 
@@ -148,12 +260,16 @@ def test_truncation_and_other_context_lengths(length, reference):
 
 def test_round_trip(tok):
     assert tok.decode(tok.encode("A Photo  of\na dog, 2 cats")) == "a photo of a dog , 2 cats"
-    assert tok.decode(tok("caf\u00e9 \u72ac \U0001f436 dog")[0]) == "caf\u00e9 \u72ac \U0001f436 dog"  # a padded row
+    assert (
+        tok.decode(tok("caf\u00e9 \u72ac \U0001f436 dog")[0]) == "caf\u00e9 \u72ac \U0001f436 dog"
+    )  # a padded row
     assert tok.decode([]) == tok.decode(tok("")[0]) == ""
     assert tok.decode(tok.encode("\u72ac")[:1]).strip("\ufffd") == ""  # half a character
     for text in generated(500, seed=2):
         if "_of_text>" not in text.lower():
-            decoded = tok.decode(tok.encode(text))  # decode is lossless but for the spaces it puts in
+            decoded = tok.decode(
+                tok.encode(text)
+            )  # decode is lossless but for the spaces it puts in
             assert decoded.split() == " ".join(module.PIECE.findall(clean(text))).split()
 
 
@@ -183,7 +299,7 @@ def test_endless_words_are_quick(tok):
     """Quadratic merging would need many minutes here."""
     rng = random.Random(0)
     assert tok("".join(rng.choices("etaoinshrdlu", k=200_000)))[0, -1] == EOT
-    assert tok("".join(chr(rng.randrange(0x4e00, 0xa000)) for _ in range(30_000)))[0, -1] == EOT
+    assert tok("".join(chr(rng.randrange(0x4E00, 0xA000)) for _ in range(30_000)))[0, -1] == EOT
 
 
 def test_pickles(tok):
@@ -191,8 +307,16 @@ def test_pickles(tok):
 
 
 def test_errors(tok):
-    for bad, said in [(None, "NoneType: None"), (7, "int: 7"), (b"dog", "bytes: b'dog'"), ({"a": 1}, "dict"),
-                      (["dog", None], "NoneType: None"), (["dog", 7.5], "float: 7.5"), ([["dog"]], "list"), ([b"x"], "bytes")]:
+    for bad, said in [
+        (None, "NoneType: None"),
+        (7, "int: 7"),
+        (b"dog", "bytes: b'dog'"),
+        ({"a": 1}, "dict"),
+        (["dog", None], "NoneType: None"),
+        (["dog", 7.5], "float: 7.5"),
+        ([["dog"]], "list"),
+        ([b"x"], "bytes"),
+    ]:
         with pytest.raises(TypeError, match=said):
             tok(bad)
     with pytest.raises(TypeError, match="bytes: b'dog'"):

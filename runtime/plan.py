@@ -8,7 +8,7 @@ import data
 import loss
 import model as models
 from config import ConfigError
-from shards import load_index
+from ingest.index import load_index
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -18,13 +18,20 @@ def report(c):
     if c.train_samples:
         num_samples, source = c.train_samples, "train_samples in the config"
     elif c.train_data:
-        num_samples, source = load_index(c.train_data, c.caption_key).num_samples, "the index of the shards"
+        num_samples, source = (
+            load_index(c.train_data, c.caption_key).num_samples,
+            "the index of the shards",
+        )
     else:
-        raise ConfigError("plan needs the number of samples: give train_samples, or train_data that is at hand")
+        raise ConfigError(
+            "plan needs the number of samples: give train_samples, or train_data that is at hand"
+        )
     steps_per_epoch = num_samples // c.batch_size
     if not steps_per_epoch:
-        raise ConfigError(f"{num_samples} samples do not fill one global batch of {c.batch_size}: lower batch_size")
-    total = min(max(1, int(c.epochs * steps_per_epoch)), c.max_steps or 2 ** 62)
+        raise ConfigError(
+            f"{num_samples} samples do not fill one global batch of {c.batch_size}: lower batch_size"
+        )
+    total = min(max(1, int(c.epochs * steps_per_epoch)), c.max_steps or 2**62)
     with torch.device("meta"):
         model = models.create(c.model, c.tau_init, **c.model_numbers())
     parameters = models.num_parameters(model)
@@ -50,21 +57,47 @@ def report(c):
         f"checkpoint   {size(saved)} each (weights {size(total_parameters * 4)}, optimizer {size(total_parameters * 4 * moments)}, "
         f"u-state {size(state_bytes)}), {c.keep} kept in {os.path.join(c.out_dir, 'checkpoints')}; every "
         f"{c.save_steps or steps_per_epoch:,} steps",
-        "", "per rank, on so many ranks; bytes sent per step (ring algorithms)",
+        "",
+        "per rank, on so many ranks; bytes sent per step (ring algorithms)",
     ]
-    usable = [k for k in RANKS if c.batch_size % k == 0 and lanes % k == 0 and not (c.micro_batch and c.batch_size // k % c.micro_batch)]
+    usable = [
+        k
+        for k in RANKS
+        if c.batch_size % k == 0
+        and lanes % k == 0
+        and not (c.micro_batch and c.batch_size // k % c.micro_batch)
+    ]
     if not usable:
-        raise ConfigError(f"no number of ranks works with batch_size = {c.batch_size}, lanes = {lanes}, micro_batch = {c.micro_batch}")
-    gradient_bytes = (total_parameters - 1) * (2 if c.grad_wire == "bf16" else 4)            # every rank knows tau's
-    table = [["ranks", *usable], ["samples per step", *(c.batch_size // k for k in usable)],
-             ["weights+grads+optimizer", *[size(total_parameters * 4 * (2 + moments))] * len(usable)],
-             ["u-state", *(size(-(-num_samples // k) * columns * 4) for k in usable)]]
+        raise ConfigError(
+            f"no number of ranks works with batch_size = {c.batch_size}, lanes = {lanes}, micro_batch = {c.micro_batch}"
+        )
+    gradient_bytes = (total_parameters - 1) * (
+        2 if c.grad_wire == "bf16" else 4
+    )  # every rank knows tau's
+    table = [
+        ["ranks", *usable],
+        ["samples per step", *(c.batch_size // k for k in usable)],
+        ["weights+grads+optimizer", *[size(total_parameters * 4 * (2 + moments))] * len(usable)],
+        ["u-state", *(size(-(-num_samples // k) * columns * 4) for k in usable)],
+    ]
     sent = traffic(c.batch_size, d, columns, gradient_bytes)
     table += [["send " + name, *(size(count(k)) for k in usable)] for name, count in sent.items()]
     table.append(["send in all", *(size(sum(count(k) for count in sent.values())) for k in usable)])
-    table.append(["OpenCLIP would send", *(size(2 * sent["features"](k) + 2 * (k - 1) / k * total_parameters * 4) for k in usable)])
-    rows += ["".join(f"{cell:>{25 if i == 0 else 10}}" for i, cell in enumerate(row)) for row in table]
-    rows.append("(OpenCLIP: local loss, gather with gradient, which sends d-dimensional gradients back, and float32 gradients)")
+    table.append(
+        [
+            "OpenCLIP would send",
+            *(
+                size(2 * sent["features"](k) + 2 * (k - 1) / k * total_parameters * 4)
+                for k in usable
+            ),
+        ]
+    )
+    rows += [
+        "".join(f"{cell:>{25 if i == 0 else 10}}" for i, cell in enumerate(row)) for row in table
+    ]
+    rows.append(
+        "(OpenCLIP: local loss, gather with gradient, which sends d-dimensional gradients back, and float32 gradients)"
+    )
     return "\n".join(rows)
 
 
@@ -72,7 +105,11 @@ def traffic(batch_size, d, columns, gradient_bytes):
     """Bytes that a rank sends in a step, by purpose: {name: function of the number of ranks}, as dist.traffic counts them."""
     gathered = lambda bytes_per_sample: lambda k: (k - 1) * (batch_size // k) * bytes_per_sample
     reduced = lambda count: lambda k: 2 * (k - 1) * count // k
-    parts = {"features": gathered(2 * d * 4), "scalars": gathered(5 * 4), "gradients": reduced(gradient_bytes)}
+    parts = {
+        "features": gathered(2 * d * 4),
+        "scalars": gathered(5 * 4),
+        "gradients": reduced(gradient_bytes),
+    }
     if columns:
         parts.update({"ids": gathered(8), "state": reduced(batch_size * columns * 4)})
     return parts
@@ -82,9 +119,15 @@ def predicted(compute, traffic, ranks, buckets, alpha, bandwidth, hide=2 / 3):
     """Seconds of a step. A collective takes alpha per message of its ring, K-1 of an all-gather and 2(K-1) of an all-reduce, and its bytes'
     time. The u-state hides behind the forward pass. Gradients hide behind the backward pass, the share `hide` of `compute`, but for the last bucket. (On a CPU hide
     is 0: what sends is what computes.)"""
-    seconds = lambda name, messages: messages * (ranks - 1) * alpha + traffic[name] / bandwidth if name in traffic else 0.0
-    apart = 2 if "feature gradients" in traffic else 1              # open_clip sends those of images and those of texts
-    exposed = sum(seconds(name, apart) for name in ("ids", "features", "scalars", "feature gradients"))
+    seconds = lambda name, messages: (
+        messages * (ranks - 1) * alpha + traffic[name] / bandwidth if name in traffic else 0.0
+    )
+    apart = (
+        2 if "feature gradients" in traffic else 1
+    )  # open_clip sends those of images and those of texts
+    exposed = sum(
+        seconds(name, apart) for name in ("ids", "features", "scalars", "feature gradients")
+    )
     gradients = seconds("gradients", 2 * buckets)
     return compute + exposed + max(gradients / buckets, gradients - hide * compute)
 

@@ -15,9 +15,10 @@ import traceback
 from io import BytesIO
 from itertools import cycle, islice
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # torch's profiler, read with it: no word about GPUs that are not there
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # torch's profiler, read with it: no word about GPUs that are not there
 
-import train                    # before torch, because it says how torch's threads are to wait
 import torch
 from torch.autograd import DeviceType
 from torchvision.io import ImageReadMode, decode_image, encode_jpeg
@@ -28,21 +29,26 @@ import data
 import dist
 import model as models
 import optim
-import peer
-import watch
+import train  # before torch, because it says how torch's threads are to wait
+from bench import baselines
 from config import ConfigError
-from images import resize
+from ingest.images import resize
 from loss import ContrastiveLoss
+from runtime import hardware, ranks
 
 SPAWN = multiprocessing.get_context("spawn")
-CAPTIONS = 17                   # tokens at the median, as in CC3M, with begin and end
+CAPTIONS = 17  # tokens at the median, as in CC3M, with begin and end
 LEAST = 5
 
 
 # ---- settings ----
 
+
 def numbers(text):
-    return {key: configs.typed(key, configs.parse(value)) for key, value in (word.split("=") for word in re.split(r",(?![^(]*\))", text))}
+    return {
+        key: configs.typed(key, configs.parse(value))
+        for key, value in (word.split("=") for word in re.split(r",(?![^(]*\))", text))
+    }
 
 
 def changed(a, **settings):
@@ -50,6 +56,7 @@ def changed(a, **settings):
 
 
 # ---- processes that take turns ----
+
 
 class Worker:
     """A generator function(*args) in a fresh process. Every ask() is answered by its next value; the first says that it is ready."""
@@ -68,19 +75,23 @@ class Worker:
             value = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise RuntimeError(f"a process that measures has died, exit status {self.process.exitcode}") from None
+            raise RuntimeError(
+                f"a process that measures has died, exit status {self.process.exitcode}"
+            ) from None
         if isinstance(value, Exception):
             raise value
         return value
 
     def close(self):
-        self.pipe.close()                       # which ends it, if it waits to be asked
+        self.pipe.close()  # which ends it, if it waits to be asked
         self.process.join(5)
         self.process.terminate()
 
 
 def serve(pipe, function, args):
-    multiprocessing.set_start_method(None, force=True)      # what is spawned would spawn too; loaders expect the system's usual way
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # what is spawned would spawn too; loaders expect the system's usual way
     steps = function(*args)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
@@ -88,17 +99,23 @@ def serve(pipe, function, args):
             try:
                 value = steps.send(request)
             except Exception as error:
-                value = error if isinstance(error, ConfigError) else RuntimeError(traceback.format_exc())
+                value = (
+                    error
+                    if isinstance(error, ConfigError)
+                    else RuntimeError(traceback.format_exc())
+                )
             pipe.send(value)
-    dist.leave()
+    ranks.leave()
 
 
 def take_turns(sides, requests, label):
     """{side: Worker} -> {side: one answer per request}: each request to every side, in an order that turns round every time."""
     answers = {side: [] for side in sides}
     try:
-        for request in tqdm([None, *requests], desc=label, leave=False):        # the first: set up, warm up
-            for side in list(sides)[::1 if len(answers[next(iter(sides))]) % 2 else -1]:
+        for request in tqdm(
+            [None, *requests], desc=label, leave=False
+        ):  # the first: set up, warm up
+            for side in list(sides)[:: 1 if len(answers[next(iter(sides))]) % 2 else -1]:
                 sides[side].ask(request)
                 answers[side].append(sides[side].answer())
     finally:
@@ -111,7 +128,9 @@ def on_ranks(ranks, function, *args, label=""):
     """A generator function(*args) on so many ranks of this machine, each with its share of the cores -> what each yields first."""
     gpus = torch.cuda.device_count()
     if device_of(args[0]).type == "cuda" and ranks > gpus:
-        raise ConfigError(f"{label} needs a GPU for each of {ranks} ranks, here are {gpus}: lower --ranks or --check_ranks, or --device=cpu --out=FILE")
+        raise ConfigError(
+            f"{label} needs a GPU for each of {ranks} ranks, here are {gpus}: lower --ranks or --check_ranks, or --device=cpu --out=FILE"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,7 +140,7 @@ def on_ranks(ranks, function, *args, label=""):
             worker.ask()
         waiting, results = {w.pipe: i for i, w in enumerate(workers)}, [None] * ranks
         with tqdm(total=ranks, desc=label, leave=False):
-            while waiting:                      # whoever answers first: the others wait in vain for one that has failed
+            while waiting:  # whoever answers first: the others wait in vain for one that has failed
                 for pipe in multiprocessing.connection.wait(list(waiting)):
                     rank = waiting.pop(pipe)
                     results[rank] = workers[rank].answer()
@@ -132,8 +151,14 @@ def on_ranks(ranks, function, *args, label=""):
 
 
 def as_rank(rank, ranks, port, function, args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(max(1, cores() // ranks))
     yield from function(*args)
 
@@ -146,7 +171,9 @@ def forget_peak(device):
     if device.type == "cuda":
         return torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)        # else what was freed stays resident, and using it again looks like nothing
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # else what was freed stays resident, and using it again looks like nothing
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
 
@@ -155,7 +182,9 @@ def memory(device):
     """Bytes, the most since forget_peak: on a GPU of what was allocated, on a CPU of what was resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with open("/proc/self/status") as f:        # not getrusage, which remembers the process that started this one
+    with open(
+        "/proc/self/status"
+    ) as f:  # not getrusage, which remembers the process that started this one
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 
 
@@ -163,11 +192,13 @@ def seconds_of(function, device):
     """How long a call takes, not the first: the mean over half a second or 20 calls. On a GPU, for how long it is busy with one, because in a
     training step the host queues such a call while the towers are still at work."""
     function()
-    watch.synchronize(device)
+    hardware.synchronize(device)
     if device.type == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
             function()
-            watch.synchronize(device)
+            hardware.synchronize(device)
         return parts_of(profile.events(), 0.0, on_gpu=True)["compute"]
     start, times = time.perf_counter(), 0
     while times < 1 or (times < 20 and time.perf_counter() - start < 0.5):
@@ -183,22 +214,29 @@ def peak_of(function, device):
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
     events, waiting = [], profile.profiler.kineto_results.experimental_event_tree()
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.tag == torch._C._profiler._EventType.Allocation:
-            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+            events.append(
+                (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+            )
     live, most = {}, 0
     for _, pointer, size in sorted(events):
-        live[pointer] = size if size > 0 else 0         # what is freed may be from before: that is no gain here
+        live[pointer] = (
+            size if size > 0 else 0
+        )  # what is freed may be from before: that is no gain here
         most = max(most, sum(live.values())) if size > 0 else most
     return most
 
 
 # ---- what is trained on ----
+
 
 def caption_lengths(count, seed=0):
     """Tokens of `count` captions, int64, 5..77: the quantiles of a log-normal with median CAPTIONS, shuffled."""
@@ -209,24 +247,40 @@ def caption_lengths(count, seed=0):
 
 def photo(height, width, generator):
     """uint8 [3, height, width] that as a JPEG takes about as many bytes as a photograph: noise that falls with its frequency, colours much alike."""
-    frequency = (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width)[None] ** 2).sqrt().clamp(min=1 / max(height, width))
-    x = torch.fft.irfft2(torch.fft.rfft2(torch.randn(3, height, width, generator=generator)) / frequency ** 1.5, s=(height, width))
+    frequency = (
+        (torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width)[None] ** 2)
+        .sqrt()
+        .clamp(min=1 / max(height, width))
+    )
+    x = torch.fft.irfft2(
+        torch.fft.rfft2(torch.randn(3, height, width, generator=generator)) / frequency**1.5,
+        s=(height, width),
+    )
     x = x / x.std()
     return (128 + 55 * (0.9 * x[:1] + 0.3 * x)).clamp(0, 255).to(torch.uint8)
 
 
 def photos(folder, shapes, generator):
     """For each shape (height, width) a random crop of the next photograph in the folder, half of it or more, reduced to it -> uint8 [3, height, width]."""
-    files = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.lower().endswith((".jpg", ".jpeg", ".png")))
+    files = sorted(
+        os.path.join(folder, name)
+        for name in os.listdir(folder)
+        if name.lower().endswith((".jpg", ".jpeg", ".png"))
+    )
     if not files:
-        raise ConfigError(f"{folder} has no .jpg or .png: name a folder of photographs, or tar shards")
+        raise ConfigError(
+            f"{folder} has no .jpg or .png: name a folder of photographs, or tar shards"
+        )
     whole = [decode_image(file, ImageReadMode.RGB) for file in files]
     for image, (height, width) in zip(cycle(whole), shapes):
         share = 0.5 + 0.5 * torch.rand((), generator=generator).item()
         scale = share * min(image.shape[1] / height, image.shape[2] / width)
         h, w = int(scale * height), int(scale * width)
-        top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in (image.shape[1] - h, image.shape[2] - w))
-        yield resize(image[:, top:top + h, left:left + w], height, width)
+        top, left = (
+            int(torch.randint(room + 1, (), generator=generator))
+            for room in (image.shape[1] - h, image.shape[2] - w)
+        )
+        yield resize(image[:, top : top + h, left : left + w], height, width)
 
 
 def make_shards(folder, size, count, source="", shards=16):
@@ -234,14 +288,29 @@ def make_shards(folder, size, count, source="", shards=16):
     -> their pattern. After 512 they begin again, under other names."""
     generator, lengths = torch.Generator().manual_seed(0), caption_lengths(count).tolist()
     words = "a photo of the old red house by sea with two dogs and one man on green grass near big trees".split()
-    shapes = [(size, size * 4 // 3) if i % 8 < 5 else (size * 4 // 3, size) for i in range(min(count, 512))]
-    pictures = photos(source, shapes, generator) if source else (photo(*shape, generator) for shape in shapes)
-    jpegs = [encode_jpeg(picture, 90).numpy().tobytes() for picture in tqdm(pictures, "making JPEGs", len(shapes), leave=False)]
+    shapes = [
+        (size, size * 4 // 3) if i % 8 < 5 else (size * 4 // 3, size)
+        for i in range(min(count, 512))
+    ]
+    pictures = (
+        photos(source, shapes, generator)
+        if source
+        else (photo(*shape, generator) for shape in shapes)
+    )
+    jpegs = [
+        encode_jpeg(picture, 90).numpy().tobytes()
+        for picture in tqdm(pictures, "making JPEGs", len(shapes), leave=False)
+    ]
     for shard in range(shards):
         with tarfile.open(os.path.join(folder, f"{shard:05d}.tar"), "w") as tar:
             for i in range(shard, count, shards):
-                caption = " ".join(islice(cycle(words), i % len(words), i % len(words) + lengths[i] - 2))
-                for extension, content in (("jpg", jpegs[i % len(jpegs)]), ("txt", caption.encode())):
+                caption = " ".join(
+                    islice(cycle(words), i % len(words), i % len(words) + lengths[i] - 2)
+                )
+                for extension, content in (
+                    ("jpg", jpegs[i % len(jpegs)]),
+                    ("txt", caption.encode()),
+                ):
                     member = tarfile.TarInfo(f"{i:06d}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, BytesIO(content))
@@ -252,12 +321,18 @@ def shards_of(a, folder, count):
     """-> (the shards that were named, or are made in the folder of the photographs that were named, or of noise; in a word, which)."""
     if a.shards and not os.path.isdir(a.shards):
         return a.shards, "given"
-    return make_shards(folder, a.size, count, a.shards), f"{'photos' if a.shards else 'noise'} {a.size} px"
+    return make_shards(
+        folder, a.size, count, a.shards
+    ), f"{'photos' if a.shards else 'noise'} {a.size} px"
 
 
 def pinned(batches, device):
     """Batches as a GPU's trainer gets them, ours and theirs: in memory from which it can copy while it computes."""
-    pin = lambda batch: type(batch)(*map(pin_one, batch)) if hasattr(batch, "_fields") else tuple(map(pin_one, batch))
+    pin = lambda batch: (
+        type(batch)(*map(pin_one, batch))
+        if hasattr(batch, "_fields")
+        else tuple(map(pin_one, batch))
+    )
     pin_one = lambda x: x.pin_memory() if isinstance(x, torch.Tensor) else x
     return [pin(batch) for batch in batches] if device.type == "cuda" else batches
 
@@ -268,26 +343,48 @@ def made_batches(image_size, context_length, batch, count=4):
     lengths, batches = caption_lengths(count * batch).clamp(max=context_length).split(batch), []
     for length in lengths:
         longest = min(context_length, -(-int(length.max()) // 8) * 8)
-        place, tokens = torch.arange(longest), torch.randint(1, 49406, (batch, longest), generator=generator)
-        tokens = torch.where(place < length[:, None] - 1, tokens, 0).index_fill_(1, torch.tensor([0]), 49406)
+        place, tokens = (
+            torch.arange(longest),
+            torch.randint(1, 49406, (batch, longest), generator=generator),
+        )
+        tokens = torch.where(place < length[:, None] - 1, tokens, 0).index_fill_(
+            1, torch.tensor([0]), 49406
+        )
         tokens[torch.arange(batch), length - 1] = 49407
-        images = torch.stack([photo(image_size, image_size, generator) for _ in range(batch)]).contiguous(memory_format=torch.channels_last)
-        batches.append(data.Batch(images, tokens, length, torch.randint(4096, (batch,), generator=generator), {}))
+        images = torch.stack(
+            [photo(image_size, image_size, generator) for _ in range(batch)]
+        ).contiguous(memory_format=torch.channels_last)
+        batches.append(
+            data.Batch(
+                images, tokens, length, torch.randint(4096, (batch,), generator=generator), {}
+            )
+        )
     return batches
 
 
 # ---- the trainers ----
 
+
 class Ours:
     """train.train_step, set up as train.main does, on data.Batches from an endless iterator."""
 
-    def __init__(self, a, batches, algorithm="fastclip-v3", compiled=False, num_samples=4096, **settings):
-        self.c = c = configs.Config(model=a.model, algorithm=algorithm, batch_size=a.batch * dist.world_size(), precision=a.precision,
-                                    warmup_steps=100, lr=1e-4, **a.numbers, **settings)
+    def __init__(
+        self, a, batches, algorithm="fastclip-v3", compiled=False, num_samples=4096, **settings
+    ):
+        self.c = c = configs.Config(
+            model=a.model,
+            algorithm=algorithm,
+            batch_size=a.batch * dist.world_size(),
+            precision=a.precision,
+            warmup_steps=100,
+            lr=1e-4,
+            **a.numbers,
+            **settings,
+        )
         torch.manual_seed(0)
         self.device, self.batches, self.steps = device_of(a), batches, 0
         self.model = models.create(c.model, c.tau_init, **c.model_numbers()).to(self.device).train()
-        dtype = dist.precision(c.precision, self.device)
+        dtype = hardware.precision(c.precision, self.device)
         if models.is_resnet(self.model):
             self.model.to(memory_format=torch.channels_last)
         dist.broadcast_weights(self.model)
@@ -295,10 +392,13 @@ class Ours:
         self.loss = ContrastiveLoss(algorithm, num_samples, device=self.device, tile=c.loss_tile)
         if compiled:
             self.model.compile_blocks()
-        self.reducer = dist.GradReducer([p for p in self.model.parameters() if p is not self.model.logit_scale], c.bucket_mb,
-                                        torch.bfloat16 if c.grad_wire == "bf16" else torch.float32)
+        self.reducer = dist.GradReducer(
+            [p for p in self.model.parameters() if p is not self.model.logit_scale],
+            c.bucket_mb,
+            torch.bfloat16 if c.grad_wire == "bf16" else torch.float32,
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.autocast = dist.autocast(dtype, self.device)
+        self.autocast = hardware.autocast(dtype, self.device)
 
     def run(self, steps):
         for batch in islice(self.batches, steps):
@@ -313,18 +413,37 @@ class Ours:
         self.reducer.parameters.clear()
 
     def step(self, batch):
-        images, tokens = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.tokens))
+        images, tokens = (
+            x.to(self.device, non_blocking=True) for x in (batch.images, batch.tokens)
+        )
         self.steps += 1
-        return train.train_step(batch._replace(images=images, tokens=tokens), self.model, self.loss, self.optimizer, self.reducer, self.scaler,
-                                self.autocast, self.c, self.steps - 1, 1000, 10_000)[0]
+        return train.train_step(
+            batch._replace(images=images, tokens=tokens),
+            self.model,
+            self.loss,
+            self.optimizer,
+            self.reducer,
+            self.scaler,
+            self.autocast,
+            self.c,
+            self.steps - 1,
+            1000,
+            10_000,
+        )[0]
 
 
 def theirs(a, batches, **options):
-    return peer.Trainer(a.model, a.numbers, a.batch, a.precision, device_of(a), batches, **options)
+    return baselines.Trainer(
+        a.model, a.numbers, a.batch, a.precision, device_of(a), batches, **options
+    )
 
 
 def device_of(a):
-    return torch.device("cuda", torch.cuda.current_device()) if a.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if a.device != "cpu" and torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def shape_of(a):
@@ -332,27 +451,53 @@ def shape_of(a):
     with torch.device("meta"):
         model = models.create(a.model, **a.numbers)
     flops = models.forward_flops(model, model.context_length)
-    return (model.image_size, model.context_length, model.embed_dim, models.num_parameters(model)["total"], flops["image"],
-            flops["text"] / model.context_length)
+    return (
+        model.image_size,
+        model.context_length,
+        model.embed_dim,
+        models.num_parameters(model)["total"],
+        flops["image"],
+        flops["text"] / model.context_length,
+    )
 
 
 # ---- a profile, taken apart ----
 
+
 def parts_of(events, seconds, on_gpu):
     """A profile of one step -> {part: seconds}. Busy: when an operator (GPU: a kernel) runs that is not a collective; communication counts from
     a collective's start to its end, so with the wait for the slowest rank; hidden is what of it lies within busy time, exposed the rest."""
-    spans = lambda wanted: union((e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events if wanted(e))
+    spans = lambda wanted: union(
+        (e.time_range.start / 1e6, e.time_range.end / 1e6) for e in events if wanted(e)
+    )
     here = lambda e: (e.device_type == DeviceType.CUDA) == on_gpu
     kernel = lambda e: here(e) and not e.is_user_annotation
-    collective = lambda e: kernel(e) and "nccl" in e.name.lower() if on_gpu else e.name.startswith("gloo:")
-    threads = {e.thread for e in events if collective(e)}           # gloo's own: what runs there is part of the collective
+    collective = lambda e: (
+        kernel(e) and "nccl" in e.name.lower() if on_gpu else e.name.startswith("gloo:")
+    )
+    threads = {
+        e.thread for e in events if collective(e)
+    }  # gloo's own: what runs there is part of the collective
     comm = spans(collective)
-    busy = spans(lambda e: not collective(e) and (kernel(e) if on_gpu else e.name.startswith("aten::") and e.thread not in threads))
+    busy = spans(
+        lambda e: (
+            not collective(e)
+            and (kernel(e) if on_gpu else e.name.startswith("aten::") and e.thread not in threads)
+        )
+    )
     optimizer = spans(lambda e: here(e) and e.name.startswith("Optimizer.step"))
     waiting = spans(lambda e: e.name.startswith("enumerate(DataLoader)"))
-    parts = {"compute": length(without(busy, optimizer)), "optimizer": length(busy) - length(without(busy, optimizer)),
-             "exposed": length(without(comm, busy)), "data": length(without(without(waiting, busy), comm))}
-    return {**parts, "other": seconds - sum(parts.values()), "hidden": length(comm) - parts["exposed"]}
+    parts = {
+        "compute": length(without(busy, optimizer)),
+        "optimizer": length(busy) - length(without(busy, optimizer)),
+        "exposed": length(without(comm, busy)),
+        "data": length(without(without(waiting, busy), comm)),
+    }
+    return {
+        **parts,
+        "other": seconds - sum(parts.values()),
+        "hidden": length(comm) - parts["exposed"],
+    }
 
 
 def union(spans):
@@ -368,7 +513,12 @@ def union(spans):
 def without(spans, others):
     """What of the spans lies in none of the others; both are unions."""
     for a, b in others:
-        spans = [(s, e) for start, end in spans for s, e in ((start, min(end, a)), (max(start, b), end)) if s < e]
+        spans = [
+            (s, e)
+            for start, end in spans
+            for s, e in ((start, min(end, a)), (max(start, b), end))
+            if s < e
+        ]
     return spans
 
 

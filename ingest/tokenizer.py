@@ -6,6 +6,7 @@ CLIP and of open_clip's default tokenizer; tests/test_tokenizer.py holds them to
 
 Vocabulary: 256 bytes | the same bytes where they end a piece | 48894 merges | 2 special tokens.
 """
+
 import gzip
 import html
 import re
@@ -23,8 +24,11 @@ SOT, EOT = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 
 # IGNORECASE still matters on lowercased text: "ſ" is lowercase and matches "s" (in "'ſ").
-PIECE = regex.compile(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d"
-                      r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+PIECE = regex.compile(
+    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
 
 # Text that cleaning cannot change but for whitespace: printable ASCII without "&", \t \n \f \r.
 # On ASCII, ftfy only decodes "&...;", drops control characters and terminal escapes (which start
@@ -76,8 +80,8 @@ class Tokenizer:
         out = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         rows = out.numpy()  # the same memory; much faster to assign to
         for i, text in enumerate(texts):
-            row = [SOT, *self.encode(text)[:self.context_length - 2], EOT]
-            rows[i, :len(row)] = row
+            row = [SOT, *self.encode(text)[: self.context_length - 2], EOT]
+            rows[i, : len(row)] = row
         return out
 
     def encode(self, text):
@@ -103,7 +107,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if not all(0 <= i < VOCAB_SIZE for i in ids):
             raise ValueError(f"token ids lie in [0, {VOCAB_SIZE}), got {min(ids)} to {max(ids)}")
-        ids = ids[:ids.index(EOT)] if EOT in ids else ids
+        ids = ids[: ids.index(EOT)] if EOT in ids else ids
         text = b"".join(self.token_bytes[i] for i in ids if i != SOT)
         return text.decode(errors="replace").strip()
 
