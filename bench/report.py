@@ -55,7 +55,7 @@ def machine():
 
 
 def commit():
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     git = lambda *words: subprocess.run(
         ["git", *words], capture_output=True, text=True, cwd=here
     ).stdout.strip()

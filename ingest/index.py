@@ -93,7 +93,9 @@ def load_index(
         except OSError:
             known = {}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{file} is not an index that ingest.index wrote: move it away") from error
+            raise ConfigError(
+                f"{file} is not an index that ingest.index wrote: move it away"
+            ) from error
         names = [url if is_pipe else os.path.relpath(url, os.path.dirname(file)) for url in urls]
         for name, url in zip(names, urls):
             size = None if is_pipe else os.path.getsize(url)

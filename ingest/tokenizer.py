@@ -18,7 +18,7 @@ import ftfy
 import regex
 import torch
 
-VOCAB_FILE = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
+VOCAB_FILE = Path(__file__).parent.parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SIZE = 49408
 SOT, EOT = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}

@@ -1,5 +1,4 @@
-"""Watching a run: the progress line, metrics.jsonl, TensorBoard or W&B when asked, and the curves of one or many runs.
-"""
+"""Watching a run: the progress line, metrics.jsonl, TensorBoard or W&B when asked, and the curves of one or many runs."""
 
 import contextlib
 import importlib

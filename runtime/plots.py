@@ -1,14 +1,12 @@
 """The curves of one or many runs.
 
-    python -m runtime.plots runs/emoji_v3 runs/emoji_openclip --out=curves.png
+python -m runtime.plots runs/emoji_v3 runs/emoji_openclip --out=curves.png
 """
 
 import argparse
 import json
 import os
 import sys
-
-import loss
 
 NOISY = ("objective", "mbcl", "samples_per_second")
 
@@ -34,7 +32,7 @@ def plot(folders, out):
     )
     panels += [
         ("objective", "the algorithm's own objective"),
-        ("mbcl", f"in-batch contrastive loss at tau = {loss.TAU_REFERENCE}"),
+        ("mbcl", "in-batch contrastive loss (mbcl)"),
         ("tau", "temperature"),
         ("gamma", "inner learning rate gamma"),
         ("lr", "learning rate"),

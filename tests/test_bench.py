@@ -8,9 +8,9 @@ import torch
 import torch.distributed.nn
 from torchvision.io import write_jpeg
 
-from bench import __main__ as bench
 import data
 import dist
+from bench import __main__ as bench
 from bench import baselines, harness, report
 from config import ConfigError
 from ingest.index import load_index

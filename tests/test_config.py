@@ -1,5 +1,6 @@
 """config.py: types, nearest names, files that start from another, and every config in configs/."""
 
+import ast
 import glob
 import os
 
@@ -106,34 +107,77 @@ def test_help_lists_every_key():
     assert all(f"--{key}=" in text for key in config.HINTS)
 
 
-def test_no_file_imports_upward():
-    """The order of the README's table: a file may only import files below it."""
-    order = [
-        "bench",
-        "results",
-        "lab",
-        "peer",
-        "train",
-        "plan",
-        "eval",
-        "watch",
-        "checkpoint",
-        "data",
-        "shards",
-        "images",
-        "tokenizer",
-        "optim",
-        "loss",
-        "model",
-        "watchdog",
-        "dist",
-        "config",
-        "prepare",
+LAYERS = [
+    {"config"},
+    {"dist"},
+    {"ingest.urls", "ingest.images", "ingest.tokenizer"},
+    {"ingest.tar"},
+    {"ingest.index"},
+    {"ingest.reader"},
+    {"ingest.workers"},
+    {"ingest.evaluation"},
+    {"runtime.hardware", "runtime.ranks", "runtime.watchdog", "runtime.plots"},
+    {"runtime.checkpoint"},
+    {"model", "loss"},
+    {"optim"},
+    {"data"},
+    {"runtime.log"},
+    {"eval"},
+    {"runtime.plan"},
+    {"train"},
+    {"tools"},
+    {"bench"},
+]
+
+
+def modules():
+    """-> {dotted name: path} of the project's own modules."""
+    paths = [
+        *glob.glob("*.py", root_dir=ROOT),
+        *glob.glob("[birt]*/*.py", root_dir=ROOT),
     ]
-    assert {os.path.basename(p)[:-3] for p in glob.glob(os.path.join(ROOT, "*.py"))} <= set(order)
-    for i, name in enumerate(order):
-        for line in open(os.path.join(ROOT, name + ".py")):
-            words = line.split()
-            if words[:1] in (["import"], ["from"]):
-                imported = words[1].split(".")[0]
-                assert imported not in order[: i + 1], f"{name}.py imports {imported}"
+    return {
+        path.removesuffix(".py").replace("/", "."): os.path.join(ROOT, path)
+        for path in paths
+        if path.split("/")[0] in ("bench", "ingest", "runtime", "tools") or "/" not in path
+    }
+
+
+def layer(name):
+    """The number of the layer of a module, from the bottom; None for other people's packages."""
+    for number, names in enumerate(LAYERS):
+        if name in names or name.split(".")[0] in names:
+            return number
+    return None
+
+
+def imported_names(path):
+    """Every module that a file imports, wherever in it, as dotted names."""
+    with open(path) as f:
+        tree = ast.parse(f.read())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def test_imports_only_go_down():
+    """A module may import only modules of lower layers; bench and tools also their own files."""
+    for name, path in modules().items():
+        if name.endswith("__init__"):
+            continue
+        own = layer(name)
+        assert own is not None, f"{name} is in no layer: add it to LAYERS"
+        for imported in imported_names(path):
+            other = (
+                layer(imported)
+                if layer(imported) is not None
+                else layer(imported.rpartition(".")[0])
+            )
+            same_package = name.split(".")[0] == imported.split(".")[0] and name.startswith(
+                ("bench", "tools")
+            )
+            assert other is None or other < own or same_package, f"{name} imports {imported}"

@@ -288,6 +288,7 @@ def test_signals_do_not_end_workers(expected):
 def test_workers_end_with_a_killed_trainer(shards, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""import multiprocessing, os, data
+from ingest.index import load_index
 if __name__ == "__main__":
     batches = iter(data.Loader(data.Order(load_index({shards!r}), 16), 8, workers=2, num_steps=60))
     next(batches)
@@ -462,7 +463,8 @@ def test_error_in_a_worker_arrives(tmp_path):
 
 def test_index_is_read_again_and_follows_changes(tmp_path, monkeypatch):
     pattern, counted, count = write_shards(tmp_path / "a", (3, 4, 5)), [], count_samples
-    monkeypatch.setattr("ingest.index.count_samples",
+    monkeypatch.setattr(
+        "ingest.index.count_samples",
         lambda url, **k: counted.append(os.path.basename(url)) or count(url, **k),
     )
     assert load_index(pattern).counts.tolist() == [3, 4, 5] and len(counted) == 3
@@ -490,7 +492,7 @@ def test_index_is_read_again_and_follows_changes(tmp_path, monkeypatch):
         load_index(f"{tmp_path}/b/*.tar")
     (tmp_path / "b" / "index.json").write_text('{"wids_version": 1}')
     with pytest.raises(
-        ConfigError, match="index.json is not an index: move it away"
+        ConfigError, match="index.json is not an index that ingest.index wrote: move it away"
     ):
         load_index(f"{tmp_path}/b/00000.tar")
 
@@ -625,7 +627,7 @@ def test_command_line(tmp_path, capsys):
         tmp_path / "a", (4, 4), s2={"webp": b"?"}, s6={"jpg": b"?"}, s7={"txt": b""}
     )
     result = subprocess.run(
-        [sys.executable, data.__file__, "index", pattern, "--verify", f"--out={tmp_path}/out.json"],
+        [sys.executable, "-m", "ingest.index", pattern, "--verify", f"--out={tmp_path}/out.json"],
         capture_output=True,
         text=True,
     )

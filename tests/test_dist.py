@@ -9,13 +9,12 @@ import time
 import pytest
 import torch
 import torch.distributed as c10d
-import watchdog
 from torch import nn
 
 import dist
 from conftest import ROOT
 from helpers import run_ranks
-from runtime import hardware
+from runtime import hardware, watchdog
 
 
 def network():
@@ -132,7 +131,7 @@ def test_gather_is_in_rank_order_and_counted():
 
 
 def test_the_watchdog_names_the_step():
-    code = "import watchdog, time; w = watchdog.Watchdog(0.5); w.progress('step 7'); time.sleep(20)"
+    code = "from runtime import watchdog; import time; w = watchdog.Watchdog(0.5); w.progress('step 7'); time.sleep(20)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (
         run.returncode == 1
@@ -154,6 +153,7 @@ def test_a_rank_ends_whatever_its_threads_do(last, status, words):
     code = f"""
 import atexit, sys, threading, time
 import dist, torch.distributed as c10d
+from runtime import ranks
 from config import ConfigError
 
 def main(argv):

@@ -98,7 +98,7 @@ def test_a_first_rank_that_is_killed_takes_the_store_with_it(tmp_path, sets):
 
 def test_ranks_end_with_their_torchrun(tmp_path):
     """Also while they still look for each other, where no watchdog is: a parent that is killed, and its child that waits for ever."""
-    child = "import watchdog, time; watchdog.end_with_torchrun(); print('up', flush=True); time.sleep(600)"
+    child = "from runtime import watchdog; import time; watchdog.end_with_torchrun(); print('up', flush=True); time.sleep(600)"
     parent = subprocess.Popen(
         [
             sys.executable,
