@@ -200,6 +200,8 @@ class LossOutput(NamedTuple):
     tau: torch.Tensor
     # (b,) bool, are the features of this rank's samples finite?
     finite: torch.Tensor
+    # weight of the new g in (1) that this step used (per-sample: the batch's mean)
+    gamma: float | torch.Tensor
 
 
 class Anchors(NamedTuple):
@@ -330,6 +332,7 @@ class ContrastiveLoss:
             mbcl=mbcl.mean(),
             tau=(tau1 + tau2).mean() / 2,
             finite=torch.isfinite(s[images.local]),
+            gamma=gamma.mean() if torch.is_tensor(gamma) else gamma,
         )
 
     # Step 1
