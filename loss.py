@@ -1,4 +1,4 @@
-"""Seven contrastive losses for CLIP, in three chapters to be read in this order.
+"""Seven contrastive losses for CLIP (FastCLIP, arXiv 2407.01445), in three chapters.
 
 1. Definition: `loss_by_definition`, the losses as they are written on paper, on one process,
    differentiated by autograd.
@@ -18,7 +18,7 @@ Notation (1 stands for the image side, 2 for the text side)
     v               eps + u
     gamma           weight of the new g in the moving average, in (0, 1]
 
-Objectives, over a data set of N pairs with g over the whole data set
+Objectives over N pairs, with g over the whole data set (the table ALGORITHMS says who has which)
 
     GCL      1/N sum_i tau [log(eps + g1_i) + log(eps + g2_i)]
     GCL/tau  1/N sum_i     [log(eps + g1_i) + log(eps + g2_i)]
@@ -46,13 +46,13 @@ TAU_REFERENCE = 0.07
 
 
 class Algorithm(NamedTuple):
-    """One row of the table below."""
+    """A row of ALGORITHMS."""
 
     loss: str  # its objective, see the top of this file
     state: bool  # does it keep u per sample? Otherwise this batch's g takes the place of u.
     tau: str  # "global" or "sample"
     learned: bool  # is tau learned?
-    c: str  # factor of the feature gradient: the objective's factor tau times d(s/tau)/ds = 1/tau
+    c: str  # in the feature gradient: the objective's factor tau, if any, times d(s/tau)/ds = 1/tau
     gamma: str  # usual schedule of gamma, see optim.py
     lr_tau: str  # usual schedule of tau's learning rate, see optim.py
 
@@ -73,7 +73,7 @@ ALGORITHMS = {
 
 
 class Departure(NamedTuple):
-    """One row of the table below."""
+    """A row of DEPARTURES."""
 
     losses: tuple  # the losses that it concerns
     paper: str  # what equations = "paper" computes
@@ -82,15 +82,16 @@ class Departure(NamedTuple):
 
 # equations = "paper" is the gradient of the objectives above. equations = "release" is what the
 # published code computes when it is run by its published commands; the paper's results were made
-# with it. These are all the differences:
+# with it. These are all the differences. (c: the feature gradient lacks the objective's factor tau.
+# kappa: the gradient by a global tau counts d g / d tau twice. Adam: the one of per-sample tau.)
 # fmt: off
 DEPARTURES = {
-    # where                         losses               paper                    release
-    "feature factor":     Departure(("GCL", "RGCL"),       "c = 1",                 "c = 1/tau"),
-    "kappa":              Departure(("GCL/tau", "RGCL-g"), "kappa = 1/2",           "kappa = 1"),
-    "log u":              Departure(("RGCL-g",),           "log(eps + u) in (4)",   "log u in (4)"),
-    "Adam, first epoch":  Departure(("RGCL",),             "beta = 0.9, 0.999",     "beta = 0, 0"),
-    "Adam, bias":         Departure(("RGCL",),             "corrected by visits",   "by epochs"),
+    # where                  losses                 paper                      release
+    "factor c":    Departure(("GCL", "RGCL"),       "c = 1 in (2)",            "c = 1/tau"),
+    "kappa":       Departure(("GCL/tau", "RGCL-g"), "kappa = 1/2 in (4)",      "kappa = 1"),
+    "log u":       Departure(("RGCL-g",),           "log(eps + u) in (4)",     "log u"),
+    "first epoch": Departure(("RGCL",),             "Adam's betas 0.9, 0.999", "0, 0 in epoch 0"),
+    "bias":        Departure(("RGCL",),             "Adam corrects by visits", "by epoch + 1"),
 }
 # fmt: on
 # One thing is not reproduced: with per-sample tau the published code adds eps to u / exp(m_i),
@@ -117,14 +118,15 @@ def get_algorithm(name):
 def loss_by_definition(name, e1, e2, tau1, tau2, u1, u2, gamma, rho=6.5, eps=1e-14):
     """The loss of algorithm `name` on one batch, for autograd -> (loss, new u1, new u2).
 
-    An objective contains log(eps + g), where g runs over the whole data set. A batch only gives an
+    An objective contains log(eps + g), where g is a mean over the whole data set. A batch gives an
     estimate of g, from its B-1 negatives, and the logarithm of a poor estimate is biased. So each
-    sample keeps a moving average u of its g, and the loss returned here has
+    sample keeps a moving average u of its g. The loss returned here is the objective and the
+    estimator of its gradient at once:
 
-        the value of     log(eps + u)                 what is reported: the objective
-        the gradient     (d g) / (eps + u)            what is descended: its estimator
+        its value     has log(eps + u)       in place of log(eps + g)
+        its gradient  has (d g) / (eps + u)  in place of (d g) / (eps + g), d g of this batch
 
-    With gamma = 1, u is g and the gradient is that of the objective on this batch.
+    With gamma = 1, u is g, and the gradient is that of the objective on this batch.
 
     e1, e2: (B, d) image and text features, L2-normalised.
     tau1, tau2: temperatures, () or (B,). Pass the same tensor twice for a global temperature.
@@ -170,9 +172,12 @@ def log_average(s, tau, u, gamma, eps):
         g_i  =  1/(B-1) sum_{j != i} exp((s_ij - s_ii) / tau_i)
         u_i <-  g_i on the first visit,  (1 - gamma) u_i + gamma g_i afterwards               (1)
     """
-    p = torch.exp((s - s.diagonal()[:, None]) / tau[:, None])  # (B, B)
+    gaps = s - s.diagonal()[:, None]  # (B, B)
+    p = torch.exp(gaps / tau[:, None])
     g = (p.sum(1) - p.diagonal()) / (len(s) - 1)  # (B,), differentiable
-    u = torch.where(u.isnan(), g, (1 - gamma) * u + gamma * g).detach()  # (1)
+
+    later = (1 - gamma) * u + gamma * g
+    u = torch.where(u.isnan(), g, later).detach()  # (1)
 
     value = torch.log(eps + u)  # the moving average, constant for autograd
     slope = (g - g.detach()) / (eps + u)  # zero; its gradient is this batch's (d g) / (eps + u)
@@ -192,7 +197,8 @@ class LossOutput(NamedTuple):
     grad_text: torch.Tensor
     # (), gradient by ln(1/tau), the same on all ranks; None if no global temperature is learned
     grad_logit_scale: torch.Tensor | None
-    # (), the algorithm's own estimate of its objective over the global batch
+    # (), the objective over the global batch with u in place of g; the gradients are of half of it
+    # (openclip's: of all of it), so that all algorithms have MBCL's scale
     objective: torch.Tensor
     # (), in-batch contrastive loss at TAU_REFERENCE
     mbcl: torch.Tensor
@@ -209,7 +215,7 @@ class Anchors(NamedTuple):
 
     tau: torch.Tensor
     log_g: torch.Tensor
-    gap: torch.Tensor  # mean_j of s_ij - s_ii, weighted by exp(s_ij / tau_i)
+    gap: torch.Tensor  # mean over j of s_ij - s_ii, with weights proportional to exp(s_ij / tau_i)
     log_u: torch.Tensor
     log_v: torch.Tensor
 
@@ -351,22 +357,26 @@ class ContrastiveLoss:
         dtype = self.state.table.dtype
         e1 = image_features.detach().to(dtype)  # (b, d)
         e2 = text_features.detach().to(dtype)  # (b, d)
-        E1, E2 = dist.all_gather(torch.cat([e1, e2], 1), "features").chunk(2, 1)  # (B, d)
+        E = dist.all_gather(torch.cat([e1, e2], 1), "features")  # (B, 2d)
+        E1, E2 = E.chunk(2, 1)  # (B, d)
 
-        B = len(E1)
-        width = self.tile or B
-        tiles = [slice(start, min(start + width, B)) for start in range(0, B, width)]
+        tiles = self.tiles(len(E))
         s = torch.cat([(E1[tile] * E2[tile]).sum(1) for tile in tiles])  # (B,)
         images = Similarities(e1, E2, tiles, self.has_positive)
         texts = Similarities(e2, E1, tiles, self.has_positive)
         return images, texts, s
 
+    def tiles(self, B):
+        """The columns that are in memory at a time -> list of slices that cover range(B)."""
+        width = self.tile or B
+        return [slice(start, min(start + width, B)) for start in range(0, B, width)]
+
     def temperatures(self, rows, logit_scale, B):
         """tau1, tau2 of the global batch, (B,) each: from its rows, or the global temperature."""
         if self.algorithm.tau == "sample":
             return rows["tau1"], rows["tau2"]
-        tau = torch.exp(-logit_scale.detach()).to(self.state.table.dtype).expand(B)
-        return tau, tau
+        tau = torch.exp(-logit_scale.detach()).to(self.state.table.dtype)  # ()
+        return tau.expand(B), tau.expand(B)
 
     # Step 2
 
@@ -386,9 +396,12 @@ class ContrastiveLoss:
         log_g1, gap1, mbcl1 = contrast_local_anchors(images, s[local], tau1[local])  # (b,)
         log_g2, gap2, mbcl2 = contrast_local_anchors(texts, s[local], tau2[local])  # (b,)
 
+        log_g1 = log_g1 - log_n  # of the sum -> of the mean
+        log_g2 = log_g2 - log_n
         mbcl = (mbcl1 + mbcl2) / 2
-        numbers = torch.stack([log_g1 - log_n, log_g2 - log_n, gap1, gap2, mbcl], 1)  # (b, 5)
-        return dist.all_gather(numbers, "scalars").unbind(1)  # five times (B,)
+        numbers = torch.stack([log_g1, log_g2, gap1, gap2, mbcl], 1)  # (b, 5)
+        numbers = dist.all_gather(numbers, "scalars")  # (B, 5)
+        return numbers.unbind(1)
 
     def log_n(self, B):
         """Logarithm of the number of negatives in the mean g; 0 for MBCL, which is a sum."""
@@ -434,18 +447,19 @@ class ContrastiveLoss:
         log_n = self.log_n(len(s))
         z1 = s / tau1 + anchors1.log_v + log_n - c1.log()  # (B,)
         z2 = s / tau2 + anchors2.log_v + log_n - c2.log()
-        r = (c1 * anchors1.ratio() + c2 * anchors2.ratio())[local, None]  # (b, 1)
+        r = c1 * anchors1.ratio() + c2 * anchors2.ratio()  # (B,)
+        r = r[local, None]  # (b, 1)
 
         scale = dist.world_size() / (2 * len(s))
-        sum1 = weighted_sum(images, tau1[local], z1[local], tau2, z2)  # (b, d)
-        grad_image = (sum1 - r * texts.anchors) * scale  # (3)
-        sum2 = weighted_sum(texts, tau2[local], z2[local], tau1, z1)  # (b, d)
-        grad_text = (sum2 - r * images.anchors) * scale  # (3)
+        image_sum = weighted_sum(images, tau1[local], z1[local], tau2, z2)  # (b, d)
+        text_sum = weighted_sum(texts, tau2[local], z2[local], tau1, z1)  # (b, d)
+        grad_image = (image_sum - r * texts.anchors) * scale  # (3)
+        grad_text = (text_sum - r * images.anchors) * scale  # (3)
         return grad_image, grad_text
 
     def feature_factor(self, tau):
         """c of every anchor, (B,): from the table of algorithms, 1/tau where "release" departs."""
-        if self.algorithm.c == "1/tau" or self.departs("feature factor"):
+        if self.algorithm.c == "1/tau" or self.departs("factor c"):
             return 1 / tau
         return torch.ones_like(tau)
 
@@ -463,7 +477,8 @@ class ContrastiveLoss:
         """
         tau = anchors1.tau[0]
         kappa = 1.0 if self.departs("kappa") else 0.5
-        grad_tau = kappa * (tau_slope(anchors1) + tau_slope(anchors2)).mean()
+        h = tau_slope(anchors1) + tau_slope(anchors2)  # (B,)
+        grad_tau = kappa * h.mean()
 
         if self.algorithm.loss == "RGCL-g":
             if self.departs("log u"):
@@ -483,24 +498,29 @@ class ContrastiveLoss:
         visits = rows["visits"] + 1
         beta1 = 0.9
         beta2 = 0.999
-        if self.departs("Adam, first epoch") and epoch < 1:
+        if self.departs("first epoch") and epoch < 1:
             beta1 = 0.0
             beta2 = 0.0
 
         t = visits
-        if self.departs("Adam, bias"):
+        if self.departs("bias"):
             t = torch.full_like(visits, int(epoch) + 1)
 
         new = {"visits": visits}
         for side, anchors in (("1", anchors1), ("2", anchors2)):
             grad = anchors.log_v + self.rho + anchors.tau * tau_slope(anchors)  # (5)
             grad = grad.clamp(-5, 5)
+
             m = beta1 * rows["m" + side] + (1 - beta1) * grad
             v = beta2 * rows["v" + side] + (1 - beta2) * grad**2
-            step = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + 1e-8)
+            unbiased_m = m / (1 - beta1**t)
+            unbiased_v = v / (1 - beta2**t)
+            step = unbiased_m / (unbiased_v.sqrt() + 1e-8)
+            tau = anchors.tau - lr_tau * step
+
             new["m" + side] = m
             new["v" + side] = v
-            new["tau" + side] = (anchors.tau - lr_tau * step).clamp(TAU_MIN, TAU_MAX)
+            new["tau" + side] = tau.clamp(TAU_MIN, TAU_MAX)
         return new
 
     def objective(self, anchors1, anchors2):
@@ -534,8 +554,10 @@ class Similarities:
     EXCLUDED = -1e30
 
     def __init__(self, anchors, candidates, tiles, has_positive):
-        """anchors: (b, d). candidates: (B, d). tiles: slices that cover range(B).
-        has_positive: does j = i count?"""
+        """anchors: (b, d), this rank's. candidates: (B, d), the other side's of all ranks.
+
+        tiles: slices that cover range(B). has_positive: does j = i count?
+        """
         b = len(anchors)
         self.anchors = anchors
         self.candidates = candidates
@@ -621,6 +643,8 @@ def tau_slope(anchors):
 def moving_average(log_u, log_g, gamma):
     """Equation (1) for logarithms -> log u (B,).
 
+        log u <- logaddexp(log(1 - gamma) + log u, log gamma + log g)
+
     log_u: (B,), -inf marks a sample that has not been visited. log_g: (B,).
     gamma: a number or a tensor, () or (B,), in (0, 1]; gamma = 1 gives log_g exactly.
     """
@@ -635,9 +659,11 @@ def moving_average(log_u, log_g, gamma):
 
 
 def log_moving_average(log_u, log_g, log_keep, log_gamma):
-    """Equation (1) from log(1 - gamma) and log(gamma), numbers or (B,), for a gamma that is itself
-    known as a logarithm: with gamma = sigmoid(x) pass logsigmoid(-x) and logsigmoid(x), because
-    1 - sigmoid(x) is 0 in float32 from x = 17 on."""
+    """moving_average with log_keep = log(1 - gamma) and log_gamma = log(gamma), numbers or (B,).
+
+    For a gamma that would be rounded to 0 or 1: with gamma = sigmoid(x), pass logsigmoid(-x) and
+    logsigmoid(x), because 1 - sigmoid(x) is 0 in float32 from x = 17 on.
+    """
     later = torch.logaddexp(log_u + log_keep, log_g + log_gamma)
     return torch.where(log_u == -math.inf, log_g, later)  # (1)
 
@@ -704,6 +730,7 @@ class SampleState:
         return Lookup(self.columns, ids, rows, dist.all_reduce(rows, "state"))
 
     def check_ids(self, ids):
+        """ValueError with the first id, (b,) on the CPU, that is outside [0, N)."""
         outside = (ids < 0) | (ids >= self.num_samples)
         if outside.any():
             raise ValueError(
@@ -720,15 +747,17 @@ class SampleState:
         """
         ids = lookup.ids
         rows = torch.stack([new[name] for name in self.columns], 1)  # (B, columns)
-        rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, lookup.rows)
+        is_finite = torch.isfinite(rows).all(1, keepdim=True)  # (B, 1)
+        rows = torch.where(is_finite, rows, lookup.rows)
 
         # Of equal ids, the last one in the global batch is kept.
         ordered = torch.sort(ids, stable=True)
         is_last = torch.ones_like(ids, dtype=torch.bool)
-        is_last[ordered.indices[:-1]] = ordered.values[:-1] != ordered.values[1:]
+        next_differs = ordered.values[:-1] != ordered.values[1:]
+        is_last[ordered.indices[:-1]] = next_differs
 
         unread = self.rows  # the additional row
-        index = torch.where(self.owned(ids) & is_last, ids // dist.world_size(), unread)
+        index = torch.where(self.owned(ids) & is_last, ids // dist.world_size(), unread)  # (B,)
         self.table[index] = rows
 
     def owned(self, ids):

@@ -26,8 +26,9 @@ def create(model, config):
     """config.optimizer over the groups of the model's parameters -> torch Optimizer."""
     groups = parameter_groups(model, config)
     resnet = models.is_resnet(model)
-    betas = (config.beta1, config.beta2 or default_beta2(config.optimizer, resnet))
-    eps = config.eps or (1e-8 if resnet else 1e-6)
+    beta2 = config.beta2 or default_beta2(config.optimizer, resnet)
+    betas = (config.beta1, beta2)
+    eps = config.eps or default_eps(resnet)
 
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, config.lr, betas=betas, eps=eps, fused=True)
@@ -47,6 +48,11 @@ def default_beta2(optimizer, resnet):
     if optimizer == "lion":
         return 0.99
     return 0.999 if resnet else 0.98
+
+
+def default_eps(resnet):
+    """The paper's epsilon of Adam for each kind of image tower."""
+    return 1e-8 if resnet else 1e-6
 
 
 def parameter_groups(model, config):
@@ -151,8 +157,11 @@ def gamma(config, step, steps_per_epoch, total_steps):
         return config.gamma_min
 
     decay_epochs = config.gamma_decay_epochs or total_steps / steps_per_epoch / 2
-    epoch = step / steps_per_epoch if config.gamma_smooth else step // steps_per_epoch
-    return half_cosine(1.0, config.gamma_min, min(1.0, epoch / decay_epochs))
+    epoch = step / steps_per_epoch
+    if not config.gamma_smooth:
+        epoch = step // steps_per_epoch
+    progress = min(1.0, epoch / decay_epochs)
+    return half_cosine(1.0, config.gamma_min, progress)
 
 
 def warm_cosine(peak, low, step, warmup_steps, total_steps):
@@ -160,7 +169,8 @@ def warm_cosine(peak, low, step, warmup_steps, total_steps):
     reached at total_steps."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    return half_cosine(peak, low, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return half_cosine(peak, low, progress)
 
 
 def half_cosine(start, end, progress):
