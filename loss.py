@@ -214,14 +214,10 @@ class Anchors(NamedTuple):
     """What every rank knows of all B anchors of one side, (B,) each, once u is updated."""
 
     tau: torch.Tensor
-    log_g: torch.Tensor
-    gap: torch.Tensor  # mean over j of s_ij - s_ii, with weights proportional to exp(s_ij / tau_i)
     log_u: torch.Tensor
-    log_v: torch.Tensor
-
-    def ratio(self):
-        """sum_j P_ij = g_i / v_i, (B,)."""
-        return torch.exp(self.log_g - self.log_v)
+    log_v: torch.Tensor  # v = eps + u
+    ratio: torch.Tensor  # g_i / v_i = sum_j P_ij
+    gap: torch.Tensor  # mean over j of s_ij - s_ii, with weights proportional to exp(s_ij / tau_i)
 
 
 class ContrastiveLoss:
@@ -311,11 +307,11 @@ class ContrastiveLoss:
         # 2. Contrast every anchor with its negatives: log g.
         log_g1, log_g2, gap1, gap2, mbcl = self.contrast(images, texts, s, tau1, tau2)  # (B,)
 
-        # 3. Moving average: log u, and v = eps + u.
+        # 3. Moving average: log u. With it, all is known of the anchors of both sides.
         log_u1 = self.average(rows.get("log_u1"), log_g1, gamma)  # (B,)
         log_u2 = self.average(rows.get("log_u2"), log_g2, gamma)
-        anchors1 = Anchors(tau1, log_g1, gap1, log_u1, log_add(log_u1, self.log_eps))
-        anchors2 = Anchors(tau2, log_g2, gap2, log_u2, log_add(log_u2, self.log_eps))
+        anchors1 = self.anchors(tau1, log_u1, log_g1, gap1)
+        anchors2 = self.anchors(tau2, log_u2, log_g2, gap2)
 
         # 4. Feature gradients.
         grad_image, grad_text = self.feature_gradients(images, texts, s, anchors1, anchors2)
@@ -419,6 +415,12 @@ class ContrastiveLoss:
             return log_g
         return moving_average(log_u, log_g, gamma)
 
+    def anchors(self, tau, log_u, log_g, gap):
+        """What steps 4 and 5 need of one side -> Anchors."""
+        log_v = log_add(log_u, self.log_eps)
+        ratio = torch.exp(log_g - log_v)
+        return Anchors(tau, log_u, log_v, ratio, gap)
+
     # Step 4
 
     def feature_gradients(self, images, texts, s, anchors1, anchors2):
@@ -447,7 +449,7 @@ class ContrastiveLoss:
         log_n = self.log_n(len(s))
         z1 = s / tau1 + anchors1.log_v + log_n - c1.log()  # (B,)
         z2 = s / tau2 + anchors2.log_v + log_n - c2.log()
-        r = c1 * anchors1.ratio() + c2 * anchors2.ratio()  # (B,)
+        r = c1 * anchors1.ratio + c2 * anchors2.ratio  # (B,)
         r = r[local, None]  # (b, 1)
 
         scale = dist.world_size() / (2 * len(s))
@@ -637,7 +639,7 @@ def tau_slope(anchors):
 
     h_i = - sum_j P_ij (s_ij - s_ii) / tau_i^2 = - (g_i / v_i) gap_i / tau_i^2
     """
-    return -anchors.ratio() * anchors.gap / anchors.tau**2
+    return -anchors.ratio * anchors.gap / anchors.tau**2
 
 
 def moving_average(log_u, log_g, gamma):

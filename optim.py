@@ -92,7 +92,7 @@ def set_schedules(t, step):
     per-sample temperatures, which the loss updates itself.
 
     To let the temperature follow a schedule instead of learning it, take an algorithm whose tau is
-    constant (sogclr, fastclip-v1) and write it here, under torch.no_grad():
+    constant (sogclr, fastclip-v1) and write its value here:
 
         t.model.logit_scale.fill_(-math.log(my_tau(step, t.total_steps)))
     """

@@ -195,6 +195,16 @@ def test_tau_is_kept_in_its_range(start, end):
     assert log_scale.exp().item() == pytest.approx(end)
 
 
+def test_a_constant_tau_stays_where_a_schedule_writes_it():
+    """The way that set_schedules describes: no step and no decay moves it afterwards."""
+    t = toy_trainer(algorithm="fastclip-v1", weight_decay=0.1)
+    optim.set_schedules(t, 0)
+    t.model.logit_scale.fill_(-math.log(0.03))
+    set_gradients(t.model)
+    optim.update(t, loss_output(learned=False), None)
+    assert t.model.logit_scale.item() == pytest.approx(-math.log(0.03))
+
+
 # Update ---------------------------------------------------------------------------------------
 
 
