@@ -353,12 +353,13 @@ class VisionTransformer(nn.Module):
         heads = max(1, width // 64)  # as in OpenCLIP
 
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(1 + patches, width) * width**-0.5)
+        std = width**-0.5
+        self.class_embedding = nn.Parameter(torch.randn(width) * std)
+        self.positional_embedding = nn.Parameter(torch.randn(1 + patches, width) * std)
         self.ln_pre = LayerNorm(width)
         self.ln_post = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, causal=False)
-        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) * std)
 
     def forward(self, x):
         """(b, 3, S, S) -> (b, d)."""
@@ -443,7 +444,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = norm(4 * width)
 
-        # A new block is the identity: its residual branch is scaled by zero.
+        # The residual branch starts at zero: a new block returns its shortcut.
         nn.init.zeros_(self.bn3.weight)
 
         if stride > 1 or channels != 4 * width:
@@ -485,13 +486,14 @@ class AttentionPool2d(nn.Module):
     def __init__(self, positions, width, heads, embed_dim):
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(1 + positions, width) * width**-0.5)
+        std = width**-0.5
+        self.positional_embedding = nn.Parameter(torch.randn(1 + positions, width) * std)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, embed_dim)
         for proj in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
-            nn.init.normal_(proj.weight, std=width**-0.5)
+            nn.init.normal_(proj.weight, std=std)
 
     def forward(self, x):
         """(b, w, S/32, S/32) -> (b, d)."""
@@ -579,11 +581,12 @@ class CLIP(nn.Module):
 
         # As in GPT-2, the projections that add to the residual stream start smaller, by the square
         # root of their number. The blocks of a ViT keep torch's initial weights, as in OpenCLIP.
+        residual_std = (2 * text_layers * text_width) ** -0.5
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=text_width**-0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -0.5)
-            for proj in (block.attn.out_proj, block.mlp.c_proj):
-                nn.init.normal_(proj.weight, std=(2 * text_layers * text_width) ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def forward(self, images, tokens, token_index=None):
         """-> image_features (b, d), text_features (b, d); see encode_image and encode_text."""
@@ -635,7 +638,8 @@ class CLIP(nn.Module):
 
         packed = tokens.flatten()[token_index]  # (T,)
         position = token_index % L  # (T,), of each token in its caption
-        x = self.token_embedding(packed) + F.embedding(position, self.positional_embedding)
+        x = self.token_embedding(packed)  # (T, w)
+        x = x + F.embedding(position, self.positional_embedding)
 
         x = self.transformer(x, packing)  # (T, w) -> (b, w)
         features = self.ln_final(x) @ self.text_projection  # (b, d)
@@ -685,7 +689,8 @@ def is_resnet(model):
 def create(name, tau_init=0.07, **overrides):
     """A CLIP in float32, with new weights from torch's random generator: seed it before.
 
-    name: one of MODELS, or "timm:NAME": an image model of timm, the text tower of ViT-B-32, d = 512.
+    name: one of MODELS, or "timm:NAME": an image model of timm, the text tower of ViT-B-32, and
+    d = 512.
     tau_init: the initial temperature; logit_scale is ln(1 / tau_init).
     overrides: any numbers of the model, as in create("RN50", image_size=64, vision_norm="group").
 
