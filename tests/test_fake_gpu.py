@@ -59,7 +59,7 @@ def fake_backward(model, features, gradients):
 
 @contextlib.contextmanager
 def fake_gpu():
-    """Inside, tensors are fake, and torch finds an H100. Yields varlen_attn, which counts its calls."""
+    """Inside, tensors are fake and torch finds an H100. Yields varlen_attn, counting its calls."""
     varlen_attn = mock.Mock(wraps=getattr(models, "varlen_attn", None))
     stand_ins = [
         (torch.cuda.amp.common, "amp_definitely_not_available", mock.Mock(return_value=False)),

@@ -1,4 +1,4 @@
-"""model.py beside OpenCLIP: the same names, shapes, initial values and features; and all the rest."""
+"""model.py beside OpenCLIP: the same names, shapes, initial values, features; and what is ours."""
 
 import copy
 import functools
