@@ -155,8 +155,8 @@ class Packing(NamedTuple):
     ends: torch.Tensor
     # bool (b, 1, 1, L): positions that <end_of_text> attends to, in the padded layout.
     end_mask: torch.Tensor
-    # int32 (b + 1,): index of each caption's first token among the T, then T. For varlen attention;
-    # None where there is none.
+    # int32 (b + 1,): index of each caption's first token among the T, and T at the end; or None,
+    # without varlen attention.
     starts: torch.Tensor | None
 
     def pad(self, x):
