@@ -16,13 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import config
 import data
-import dist
 import loss
 import model as models
-import optim
 import train
 from helpers import words_of
-from runtime import hardware
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(
@@ -36,9 +33,23 @@ LENGTH = 24  # tokens of a padded caption
 CAPTION = 12  # tokens of each caption
 
 
+plain_create = models.create
+
+
 def fake_pack(lengths, longest, device):
     """token_index of the right length. The true one is computed from data, on the host."""
     return torch.zeros(CAPTION * len(lengths), dtype=torch.int64, device=device)
+
+
+def create_on_the_gpu(*args, **kwargs):
+    """model.create on the device, since a module cannot be moved to a fake one."""
+    with DEVICE:
+        return plain_create(*args, **kwargs)
+
+
+def stay(module, *args, **kwargs):
+    """In place of Module.to."""
+    return module
 
 
 def fake_backward(model, features, gradients):
@@ -67,40 +78,13 @@ def fake_gpu():
         (torch.cuda, "is_bf16_supported", mock.Mock(return_value=True)),
         (models, "varlen_attn", varlen_attn),
         (models, "pack", fake_pack),
+        (models, "create", create_on_the_gpu),
+        (models.CLIP, "to", stay),
     ]
     with FakeTensorMode(), contextlib.ExitStack() as patches:
         for module, name, stand_in in stand_ins:
             patches.enter_context(mock.patch.object(module, name, stand_in, create=True))
         yield varlen_attn
-
-
-def build(c):
-    """The parts that train_step needs, as keyword arguments."""
-    vision_layers = (1, 1, 1, 1) if c.model == "RN50" else 2
-
-    # Made on the device, since a module cannot be moved from the CPU to a fake device.
-    with DEVICE:
-        model = models.create(c.model, text_layers=3, vision_layers=vision_layers)
-
-    dtype = hardware.precision(c.precision, DEVICE)
-    weights = [p for p in model.parameters() if p is not model.logit_scale]
-    return dict(
-        model=model,
-        loss=loss.ContrastiveLoss(
-            c.algorithm,
-            100,
-            c.equations,
-            c.rho,
-            c.eps_u,
-            c.tau_init,
-            DEVICE,
-            tile=c.loss_tile,
-        ),
-        optimizer=optim.create(model, c),
-        reducer=dist.GradReducer(weights),
-        scaler=torch.amp.GradScaler("cuda", enabled=dtype == torch.float16),
-        autocast=hardware.autocast(dtype, DEVICE),
-    )
 
 
 def fake_batch():
@@ -115,25 +99,32 @@ def fake_batch():
 
 def step_on_a_fake_gpu(model="ViT-B-32", **settings):
     """One train_step -> how often varlen_attn was called."""
-    words = words_of(train_data="x", model=model, batch_size=BATCH, **settings)
+    words = words_of(
+        train_data="x",
+        model=model,
+        text_layers=3,
+        vision_layers=(1, 1, 1, 1) if model == "RN50" else 2,
+        batch_size=BATCH,
+        compile=False,
+        **settings,
+    )
     c = config.load(words)
 
     with fake_gpu() as varlen_attn:
-        parts = build(c)
-        backward = functools.partial(fake_backward, parts["model"])
+        trainer = train.build(
+            c,
+            num_samples=100,
+            steps_per_epoch=10,
+            total_steps=100,
+            device=DEVICE,
+        )
+        backward = functools.partial(fake_backward, trainer.model)
         with mock.patch.object(torch.autograd, "backward", backward):
-            out, grad_norm = train.train_step(
-                fake_batch(),
-                **parts,
-                c=c,
-                step=0,
-                steps_per_epoch=10,
-                total_steps=100,
-            )
+            out, grad_norm = train.train_step(trainer, fake_batch(), step=0)
 
         assert out.objective.device == DEVICE
         assert grad_norm.device == DEVICE
-        for p in parts["model"].parameters():
+        for p in trainer.model.parameters():
             assert p.device == DEVICE
     return varlen_attn.call_count
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from towers import captions, pictures, tiny
 
 import data
-import dist
 import model as models
-import optim
 import train as training
 from config import Config
-from loss import ContrastiveLoss
 from runtime import hardware
 
 # Lengths of the captions of a batch, for tiny models: at most 20 tokens.
@@ -216,23 +213,15 @@ def test_gradients_are_those_of_openclips_text_tower():
 
 def gradients_of_a_training_step(model, c, batch):
     """-> {name: gradient} after one train_step from the start of a run."""
-    optimizer = optim.create(model, c)
-    loss = ContrastiveLoss(c.algorithm, num_samples=8)
-    reducer = dist.GradReducer(model.parameters())
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    training.train_step(
-        batch,
-        model,
-        loss,
-        optimizer,
-        reducer,
-        scaler,
-        autocast=nullcontext,
-        c=c,
-        step=0,
-        steps_per_epoch=10,
-        total_steps=10,
-    )
+    with mock.patch.object(models, "create", return_value=model):
+        trainer = training.build(
+            c,
+            num_samples=8,
+            steps_per_epoch=10,
+            total_steps=10,
+            device=torch.device("cpu"),
+        )
+    training.train_step(trainer, batch, step=0)
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -248,6 +237,7 @@ def test_a_training_step_has_the_gradients_of_padded_captions(micro_batch):
         algorithm="fastclip-v3",
         batch_size=8,
         micro_batch=micro_batch,
+        precision="fp32",
         lr=0.0,
         warmup_steps=1,
     )
