@@ -21,6 +21,7 @@ import eval as evaluation
 import model as models
 import optim
 from config import ConfigError
+from ingest.evaluation import check as check_evaluation_set
 from ingest.index import load_index
 from loss import ContrastiveLoss
 from runtime import checkpoint, hardware, ranks
@@ -140,7 +141,7 @@ def main(argv):
         index = ranks.from_first_rank(load_index, c.train_data, c.caption_key, **beats)
         if c.eval_data:
             ranks.from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True, **beats)
-            ranks.from_first_rank(evaluation.check, c)
+            ranks.from_first_rank(check_evaluation_set, c)
         watchdog.progress("start-up, making the model")
         order = data.Order(index, c.batch_size, c.lanes, c.shuffle_block, c.seed)
         total_steps = min(max(1, int(c.epochs * order.steps_per_epoch)), c.max_steps or 2**62)
