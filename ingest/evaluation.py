@@ -147,7 +147,7 @@ def class_list(c):
 
 
 def read_lines(folder, name):
-    """The lines, but blank ones, of a text file in `folder` or the folder above it; [] if absent."""
+    """The lines, but no blank ones, of a file in `folder` or the folder above; [] if absent."""
     for place in (folder, os.path.dirname(folder)):
         path = os.path.join(place, name)
         if os.path.exists(path):
