@@ -81,12 +81,13 @@ def evaluate(
         return encode_texts(texts, model, c, device, autocast, progress)
 
     model.eval()
+
     images = encode_images(model, c, device, autocast, progress)
     if images.bad and dist.rank() == 0:
         print(f"left out of {c.eval_data[0]}: {images.bad}", flush=True)
 
     results = {}
-    queries = None
+    queries = None  # what the picture shows: class names or, without classes, captions
 
     # Zero-shot classification, if every image has a class and there is a list of class names.
     names, templates = class_list(c)
@@ -108,7 +109,6 @@ def evaluate(
             "(KEY.txt, or set caption_key)"
         )
 
-    # The picture shows some class names and their nearest images or, without classes, captions.
     if picture:
         rows = picture_rows(images, queries, model.image_size, c, progress)
         if dist.rank() == 0:
