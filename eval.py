@@ -1,10 +1,10 @@
-"""Evaluate a checkpoint: zero-shot classification on a set with a class list, and retrieval; a picture of both.
+"""Evaluate a model: zero-shot classification and retrieval, and a picture of what it finds.
 
     python eval.py runs/emoji_v3 --eval_data='data/emoji/test/{00000..00001}.tar'
 
-The set is tar shards. With KEY.cls (a class number) in them, and beside them, or in the folder above, classnames.txt (a class a
-line) and, if there is one, zeroshot_classification_templates.txt ("a photo of a {c}", a template a line), the files that
-CLIP_benchmark reads, it gives zero-shot accuracy. With captions it gives retrieval, R@1, R@5 and R@10 both ways.
+evaluates the newest checkpoint of a run, or one checkpoint folder, and writes eval.json and
+retrieval.png. train.py calls `evaluate` during a run and at its end. ingest/evaluation.py says what
+an evaluation set may hold. The work is shared over the ranks.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections import Counter
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,122 +23,206 @@ import config as configs
 import dist
 import model as models
 from config import ConfigError
-from ingest import evaluation
-from ingest.tar import usable_samples
+from ingest.evaluation import class_list, read_samples
 from ingest.tokenizer import Tokenizer
-from ingest.urls import expand
 from runtime import checkpoint, hardware, ranks
 
-CHUNK = 1024  # queries whose similarities to everything are held at once
+QUERIES_AT_ONCE = 1024  # whose similarities to all targets are in memory together
+QUERIES_SHOWN = 8  # rows of the picture
+IMAGES_SHOWN = 5  # beside each query
+
+
+class EncodedImages(NamedTuple):
+    """The usable images of a set, in the set's order, the same on every rank.
+
+    features    float32 (n, d), rows of length 1, on the device
+    captions    n lists of str; a list is empty if the image has no captions
+    classes     n ints; None if the image has no class
+    positions   n ints, where each image is in the set
+    bad         {reason: number of samples that were left out}
+    """
+
+    features: torch.Tensor
+    captions: list
+    classes: list
+    positions: list
+    bad: dict
+
+
+class Queries(NamedTuple):
+    """Texts by which images are searched: class names or captions.
+
+    texts       m str
+    features    float32 (m, d), rows of length 1, on the device
+    relevant    for each image, the list of the numbers of the texts that are right for it
+    """
+
+    texts: list
+    features: torch.Tensor
+    relevant: list
+
+
+# ---- the evaluation ----
 
 
 @torch.no_grad()
 def evaluate(
     model, c, device, autocast=contextlib.nullcontext, picture=False, progress=lambda where: None
 ):
-    """The model on c.eval_data, the work shared over the ranks -> {name: share of 1}, the same on every rank.
+    """Evaluate the model on the set c.eval_data -> {name: share, 0 to 1}, the same on every rank.
 
-    With `picture`, rank 0 also writes eval.json and retrieval.png into c.out_dir. progress(where) is told of progress. Raises ConfigError for a set without
-    classes and captions, or whose class numbers and class list do not go together.
+    All ranks must call it. autocast() makes the context in which the towers run. With `picture`,
+    rank 0 also writes eval.json and retrieval.png into c.out_dir. progress(where) is called with a
+    line about each step of the work. Leaves the model in eval mode. Raises ConfigError for a set
+    without classes and captions, and for class numbers that the class list does not reach.
     """
+
+    def encode(texts):
+        return encode_texts(texts, model, c, device, autocast, progress)
+
     model.eval()
-    images, captions, classes, positions, bad = encode_images(model, c, device, autocast, progress)
-    if bad and dist.rank() == 0:
-        print(f"left out of {c.eval_data[0]}: {bad}", flush=True)
-    encode = lambda texts: encode_texts(model, texts, c, device, autocast, progress)
-    results, queries = {}, None
+
+    images = encode_images(model, c, device, autocast, progress)
+    if images.bad and dist.rank() == 0:
+        print(f"left out of {c.eval_data[0]}: {images.bad}", flush=True)
+
+    results = {}
+    queries = None  # what the picture shows: class names or, without classes, captions
+
+    # Zero-shot classification, if every image has a class and there is a list of class names.
     names, templates = class_list(c)
-    if names and all(label is not None for label in classes):
-        if max(classes) >= len(names):
-            raise ConfigError(
-                f"class {max(classes)} in {c.eval_data[0]}, but classnames.txt has {len(names)} lines: it belongs to another set"
-            )
-        prompts = encode(
-            [template.replace("{c}", name) for name in names for template in templates]
-        )
-        prompts = F.normalize(
-            prompts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1
-        )  # (classes, d)
-        results.update(zero_shot(images, prompts, torch.tensor(classes, device=device)))
-        queries = names, prompts, [[i] for i in classes]
-    if any(captions):
-        texts = list(
-            dict.fromkeys(text for several in captions for text in several)
-        )  # each distinct caption once
-        number = {text: i for i, text in enumerate(texts)}
-        relevant = [[number[text] for text in several] for several in captions]
-        text_features = encode(texts)
-        results.update(retrieval(images, text_features, relevant))
-        queries = queries or (texts, text_features, relevant)
-    if not queries:
+    if names and None not in images.classes:
+        queries = class_queries(names, templates, images, encode, c)
+        classes = torch.tensor(images.classes, device=device)  # (n,)
+        results.update(zero_shot(images.features, queries.features, classes))
+
+    # Retrieval, if any image has captions.
+    if any(images.captions):
+        captions = caption_queries(images, encode)
+        results.update(retrieval(images.features, captions.features, captions.relevant))
+        if queries is None:
+            queries = captions
+
+    if queries is None:
         raise ConfigError(
-            f"{c.eval_data[0]} has neither classes (KEY.cls beside classnames.txt) nor captions (KEY.txt, or set caption_key)"
+            f"{c.eval_data[0]} has neither classes (KEY.cls beside classnames.txt) nor captions "
+            "(KEY.txt, or set caption_key)"
         )
+
     if picture:
-        pick = torch.randperm(len(queries[0]), generator=torch.Generator().manual_seed(c.seed))[
-            :8
-        ].tolist()
-        best = (queries[1][pick] @ images.T).topk(min(5, len(images)), 1).indices.tolist()
-        pixels = fetch(c, model.image_size, {positions[i] for row in best for i in row}, progress)
+        rows = picture_rows(images, queries, model.image_size, c, progress)
         if dist.rank() == 0:
             os.makedirs(c.out_dir, exist_ok=True)
-            with open(os.path.join(c.out_dir, "eval.json"), "w") as f:
-                json.dump(
-                    {
-                        "eval_data": list(c.eval_data),
-                        "images": len(images),
-                        "texts": len(queries[0]),
-                        "left_out": bad,
-                        **results,
-                    },
-                    f,
-                    indent=1,
-                )
-            draw(
-                os.path.join(c.out_dir, "retrieval.png"),
-                [queries[0][i] for i in pick],
-                [[pixels[positions[i]] for i in row] for row in best],
-                [[i in queries[2][j] for j in row] for i, row in zip(pick, best)],
-            )
+            write_results(os.path.join(c.out_dir, "eval.json"), c, images, queries, results)
+            draw(os.path.join(c.out_dir, "retrieval.png"), rows)
+
     return results
 
 
-def encode_images(model, c, device, autocast, progress):
-    """-> features [n, d] of the whole set in its order, captions (n lists), classes (n, or None each), positions in the set (n;
-    bad samples are left out), {reason: how many were}. ConfigError if none is left."""
-    mine, bad = [], Counter()
-    for number, batch in enumerate(samples(c, model.image_size)):
-        progress(f"evaluation, batch {number} of images")
-        with autocast():
-            features = model.encode_image(batch.images.to(device, non_blocking=True))
-        mine.append(
-            (features.float().cpu(), batch.positions.tolist(), batch.captions, batch.classes)
-        )
-        bad.update(batch.bad)
-    everyone = [part for parts in dist.all_gather_objects(mine) for part in parts]
-    bad = dict(sum(dist.all_gather_objects(bad), Counter()))
-    if not everyone:
-        raise ConfigError(f"no sample of {c.eval_data[0]} can be used: {bad}")
-    features = torch.cat([part[0] for part in everyone])
-    rows = [
-        (*row, i) for i, row in enumerate(chain.from_iterable(zip(*part[1:]) for part in everyone))
-    ]
-    positions, captions, classes, order = zip(*sorted(rows, key=lambda row: row[0]))
-    return features[list(order)].to(device), captions, classes, positions, bad
-
-
-def check(c):
-    """ConfigError, from the first sample of c.eval_data, if evaluate would find nothing there to evaluate: asked before a run."""
-    kinds = ("json" if c.caption_key else "txt", "cls")
-    _, files = next(usable_samples(expand(c.eval_data)[0], kinds, range(1)))
-    if kinds[0] not in files and not class_list(c)[0]:
+def class_queries(names, templates, images, encode, c):
+    """-> Queries by class name: the feature of a class is the mean of its prompts' features."""
+    largest = max(images.classes)
+    if largest >= len(names):
         raise ConfigError(
-            f"{c.eval_data[0]} has classes (KEY.cls), but there is no classnames.txt beside it or in the folder above"
+            f"class {largest} in {c.eval_data[0]}, but classnames.txt has {len(names)} lines: "
+            "it belongs to another set"
         )
 
+    prompts = []
+    for name in names:
+        for template in templates:
+            prompts.append(template.replace("{c}", name))
 
-def samples(c, image_size):
-    return evaluation.read_samples(
+    features = encode(prompts)  # (classes * templates, d)
+    features = features.unflatten(0, (len(names), len(templates))).mean(1)  # (classes, d)
+    features = F.normalize(features, dim=-1)
+
+    relevant = [[label] for label in images.classes]
+    return Queries(names, features, relevant)
+
+
+def caption_queries(images, encode):
+    """-> Queries by caption; a caption that several images have is one query."""
+    number = {}  # caption -> its number
+    relevant = []
+    for captions in images.captions:
+        for caption in captions:
+            number.setdefault(caption, len(number))
+        relevant.append([number[caption] for caption in captions])
+
+    texts = list(number)
+    return Queries(texts, encode(texts), relevant)
+
+
+# ---- features ----
+
+
+def encode_images(model, c, device, autocast, progress):
+    """Encode the set, each rank its share -> EncodedImages. ConfigError if no sample is usable."""
+    features = []
+    captions = []
+    classes = []
+    positions = []
+    bad = Counter()
+    for number, batch in enumerate(samples_of_this_rank(model.image_size, c)):
+        progress(f"evaluation, batch {number} of images")
+        bad.update(batch.bad)
+        if len(batch.images) == 0:
+            continue
+        with autocast():
+            encoded = model.encode_image(batch.images.to(device, non_blocking=True))  # (b, d)
+        features.append(encoded.float().cpu())
+        captions += batch.captions
+        classes += batch.classes
+        positions += batch.positions.tolist()
+
+    features = from_all_ranks(features)
+    captions = from_all_ranks(captions)
+    classes = from_all_ranks(classes)
+    positions = from_all_ranks(positions)
+    bad = sum(dist.all_gather_objects(bad), Counter())
+    if not features:
+        raise ConfigError(f"no sample of {c.eval_data[0]} can be used: {dict(bad)}")
+
+    order = torch.tensor(positions).argsort().tolist()
+    return EncodedImages(
+        features=torch.cat(features)[order].to(device),  # (n, d)
+        captions=[captions[i] for i in order],
+        classes=[classes[i] for i in order],
+        positions=[positions[i] for i in order],
+        bad=dict(bad),
+    )
+
+
+def encode_texts(texts, model, c, device, autocast, progress):
+    """n texts -> features float32 (n, d) on the device; each of K ranks encodes every K-th text."""
+    tokenizer = Tokenizer(model.context_length)
+    world_size = dist.world_size()
+    share = texts[dist.rank() :: world_size]
+
+    features = []
+    for start in range(0, len(share), c.eval_batch):
+        progress(f"evaluation, text {start} of {len(share)}")
+        tokens = tokenizer(share[start : start + c.eval_batch])  # (b, context_length)
+        lengths = 1 + tokens.argmax(1)  # the end of a text is the largest token
+        longest = int(lengths.max())
+        with autocast():
+            token_index = models.pack(lengths, longest, device)
+            encoded = model.encode_text(tokens[:, :longest].to(device), token_index)  # (b, d)
+        features.append(encoded.float().cpu())
+
+    shares = dist.all_gather_objects(features)
+    width = shares[0][0].shape[1]
+    in_order = torch.empty(len(texts), width)  # (n, d)
+    for rank, parts in enumerate(shares):
+        if parts:  # there may be fewer texts than ranks
+            in_order[rank::world_size] = torch.cat(parts)
+    return in_order.to(device)
+
+
+def samples_of_this_rank(image_size, c):
+    """Iterate over this rank's share of the set, in EvaluationBatches."""
+    return read_samples(
         c.eval_data,
         image_size,
         c.caption_key,
@@ -148,174 +233,224 @@ def samples(c, image_size):
     )
 
 
-def encode_texts(model, texts, c, device, autocast, progress):
-    """list of n str -> features [n, d]; every rank encodes a share."""
-    tokenizer = Tokenizer(model.context_length)
-    share = texts[dist.rank() :: dist.world_size()]
-    features = []
-    for start in range(0, len(share), c.eval_batch):
-        progress(f"evaluation, text {start} of {len(share)}")
-        tokens = tokenizer(share[start : start + c.eval_batch])
-        lengths = 1 + tokens.argmax(1)  # <end_of_text> is the largest id
-        longest = int(lengths.max())
-        with autocast():
-            token_index = models.pack(lengths, longest, device)
-            features.append(
-                model.encode_text(tokens[:, :longest].to(device), token_index).float().cpu()
-            )
-    shares = dist.all_gather_objects(torch.cat(features) if features else None)
-    out = torch.empty(len(texts), shares[0].shape[1])
-    for r, share in enumerate(shares):
-        if share is not None:
-            out[r :: len(shares)] = share
-    return out.to(device)
+def from_all_ranks(items):
+    """A list on every rank -> all of them joined, in the order of the ranks."""
+    return list(chain.from_iterable(dist.all_gather_objects(items)))
 
 
-def class_list(c):
-    """-> (class names, templates) from the files beside the first shard, or in the folder above; no names if there is no class list."""
-    shards = os.path.dirname(expand(c.eval_data)[0])
+# ---- measures ----
 
-    def lines(name):
-        for folder in (shards, os.path.dirname(shards)):
-            path = os.path.join(folder, name)
-            if os.path.exists(path):
-                with open(path, encoding="utf-8") as f:
-                    return [line.rstrip("\n") for line in f if line.strip()]
-        return []
 
-    return lines("classnames.txt"), lines("zeroshot_classification_templates.txt") or [
-        "a photo of a {c}"
-    ]
+def nearest(queries, targets, k):
+    """queries (n, d), targets (m, d), rows of length 1 -> int64 (n, min(k, m)): each query's k most
+    similar targets, the most similar first."""
+    k = min(k, len(targets))
+    found = []
+    for some in queries.split(QUERIES_AT_ONCE):
+        similarity = some @ targets.T  # (at most QUERIES_AT_ONCE, m)
+        found.append(similarity.topk(k, dim=1).indices)
+    return torch.cat(found)
 
 
 def zero_shot(images, prompts, classes):
-    """images [n, d], one prompt per class [classes, d], classes [n] -> top-1, top-5 and mean per-class top-1 accuracy."""
-    top = torch.cat(
-        [(part @ prompts.T).topk(min(5, len(prompts)), 1).indices for part in images.split(CHUNK)]
-    )  # (n, 5)
-    hit = top == classes[:, None]
-    right = torch.zeros(len(prompts), device=images.device).index_add_(
-        0, classes, hit[:, 0].float()
-    )
+    """Accuracy of taking each image for the class with the nearest prompt feature.
+
+    images (n, d), prompts (number of classes, d), classes int64 (n,) -> top-1 and top-5 accuracy,
+    and the mean over the classes that occur of their top-1 accuracy.
+    """
+    guesses = nearest(images, prompts, 5)  # (n, 5)
+    hit = guesses == classes[:, None]  # (n, 5)
+    first_hit = hit[:, 0].float()  # (n,)
+
+    right = torch.zeros(len(prompts), device=images.device).index_add_(0, classes, first_hit)
     count = torch.bincount(classes, minlength=len(prompts))
+    occurs = count > 0
     return {
-        "zeroshot_top1": hit[:, 0].float().mean().item(),
+        "zeroshot_top1": first_hit.mean().item(),
         "zeroshot_top5": hit.any(1).float().mean().item(),
-        "zeroshot_mean_per_class": (right[count > 0] / count[count > 0]).mean().item(),
+        "zeroshot_mean_per_class": (right[occurs] / count[occurs]).mean().item(),
     }
 
 
 def retrieval(images, texts, relevant):
-    """images [n, d], texts [m, d], relevant: the text numbers of each image -> R@1/5/10: is any right one among the first k?"""
-    pairs = {(i, j) for i, several in enumerate(relevant) for j in several}
+    """Recall at 1, 5 and 10, from image to text and from text to image.
+
+    images (n, d), texts (m, d); relevant: for each image, the numbers of its texts.
+    """
+    texts_of = [set(numbers) for numbers in relevant]  # of each image
+    images_of = [set() for _ in texts]  # of each text
+    for image, numbers in enumerate(relevant):
+        for text in numbers:
+            images_of[text].add(image)
+
+    found_texts = nearest(images, texts, 10).tolist()
+    found_images = nearest(texts, images, 10).tolist()
+
     results = {}
-    for name, queries, targets, right in (
-        ("image_to_text", images, texts, lambda q, t: (q, t) in pairs),
-        ("text_to_image", texts, images, lambda q, t: (t, q) in pairs),
-    ):
-        top = torch.cat(
-            [
-                (part @ targets.T).topk(min(10, len(targets)), 1).indices
-                for part in queries.split(CHUNK)
-            ]
-        ).tolist()
-        first = [
-            next((rank for rank, t in enumerate(row) if right(q, t)), 10)
-            for q, row in enumerate(top)
-        ]
-        results.update(
-            {f"{name}_R@{k}": sum(rank < k for rank in first) / len(first) for k in (1, 5, 10)}
-        )
+    for k in (1, 5, 10):
+        results[f"image_to_text_R@{k}"] = recall(found_texts, texts_of, k)
+    for k in (1, 5, 10):
+        results[f"text_to_image_R@{k}"] = recall(found_images, images_of, k)
     return results
 
 
-def fetch(c, image_size, wanted, progress):
-    """The images at the positions `wanted` -> {position: uint8 [3, S, S]}: read again, so that no run holds a whole set."""
-    mine = {}
-    for number, batch in enumerate(samples(c, image_size)):
+def recall(found, right, k):
+    """R@k: the share of queries that have a right target among the first k that were found.
+
+    found: for each query a list of targets; right: for each query the set of its right targets.
+    """
+    hits = 0
+    for targets, wanted in zip(found, right):
+        if not wanted.isdisjoint(targets[:k]):
+            hits += 1
+    return hits / len(found)
+
+
+# ---- what is written ----
+
+
+class PictureRow(NamedTuple):
+    """A query's text, its nearest images, uint8 (3, S, S) each, and which of these are right."""
+
+    text: str
+    images: list
+    right: list
+
+
+def picture_rows(images, queries, image_size, c, progress):
+    """Random queries with their nearest images -> list of PictureRow. All ranks must call it."""
+    generator = torch.Generator().manual_seed(c.seed)
+    chosen = torch.randperm(len(queries.texts), generator=generator)[:QUERIES_SHOWN].tolist()
+    found = nearest(queries.features[chosen], images.features, IMAGES_SHOWN).tolist()
+
+    wanted = {images.positions[i] for i in chain.from_iterable(found)}
+    pixels = read_images(wanted, image_size, c, progress)
+
+    rows = []
+    for query, found_images in zip(chosen, found):
+        row = PictureRow(queries.texts[query], [], [])
+        for i in found_images:
+            row.images.append(pixels[images.positions[i]])
+            row.right.append(query in queries.relevant[i])
+        rows.append(row)
+    return rows
+
+
+def read_images(wanted, image_size, c, progress):
+    """The images at the positions `wanted` -> {position: uint8 (3, S, S)}, on every rank.
+
+    They are read a second time, so that no run has to keep a set in memory.
+    """
+    found = {}
+    for number, batch in enumerate(samples_of_this_rank(image_size, c)):
         progress(f"evaluation, batch {number} of images for the picture")
-        mine.update(
-            (i, image.clone())
-            for i, image in zip(batch.positions.tolist(), batch.images)
-            if i in wanted
-        )
-    return {i: image for part in dist.all_gather_objects(mine) for i, image in part.items()}
+        for position, image in zip(batch.positions.tolist(), batch.images):
+            if position in wanted:
+                found[position] = image.clone()  # the rest of the batch can be freed
+
+    everyones = {}
+    for part in dist.all_gather_objects(found):
+        everyones.update(part)
+    return everyones
 
 
-def draw(path, queries, images, right):
-    """A row per query: its text, then its nearest images (uint8 [3, S, S]), framed green where they are right."""
+def write_results(path, c, images, queries, results):
+    """Write eval.json: the set, its numbers of images and texts, what was left out, the results."""
+    content = {
+        "eval_data": list(c.eval_data),
+        "images": len(images.positions),
+        "texts": len(queries.texts),
+        "left_out": images.bad,
+        **results,
+    }
+    with open(path, "w") as f:
+        json.dump(content, f, indent=1)
+
+
+def draw(path, rows):
+    """Draw a line per PictureRow: its text, then its images, framed green where they are right."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    columns = len(rows[0].images)
     figure, axes = plt.subplots(
-        len(queries),
-        1 + len(images[0]),
-        figsize=(2.6 + 1.3 * len(images[0]), 1.35 * len(queries)),
+        len(rows),
+        1 + columns,
+        figsize=(2.6 + 1.3 * columns, 1.35 * len(rows)),
         squeeze=False,
-        width_ratios=[2.2] + [1] * len(images[0]),
+        width_ratios=[2.2] + [1] * columns,
         layout="constrained",
     )
-    for row, query, nearest, hits in zip(axes, queries, images, right):
-        row[0].text(
-            0.95,
-            0.5,
-            textwrap.fill(query, 32, max_lines=4, placeholder=" ..."),
-            va="center",
-            ha="right",
-            fontsize=10,
-        )
-        row[0].axis("off")
-        for axis, image, hit in zip(row[1:], nearest, hits):
+    for row, line in zip(rows, axes):
+        text = textwrap.fill(row.text, 32, max_lines=4, placeholder=" ...")
+        line[0].text(0.95, 0.5, text, va="center", ha="right", fontsize=10)
+        line[0].axis("off")
+        for axis, image, right in zip(line[1:], row.images, row.right):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set(color="#2a9d3a" if hit else "#cccccc", linewidth=4 if hit else 1)
+            for edge in axis.spines.values():
+                if right:
+                    edge.set(color="#2a9d3a", linewidth=4)
+                else:
+                    edge.set(color="#cccccc", linewidth=1)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def table(results):
-    return "\n".join(f"  {key:<26}{100 * value:6.1f} %" for key, value in results.items())
+    """The results as lines of text, in percent."""
+    return "\n".join(f"  {name:<26}{100 * share:6.1f} %" for name, share in results.items())
+
+
+# ---- the command ----
+
+
+def find_checkpoint(path):
+    """A run's folder, or a checkpoint's -> the folder of the checkpoint to evaluate."""
+    is_run = os.path.isdir(os.path.join(path, "checkpoints"))
+    where = configs.Config(out_dir=path, resume="auto" if is_run else path)
+    folder = checkpoint.find(where, names=("model.pt", "train.pt"))
+    if not folder:
+        raise ConfigError(f"{path} has no checkpoint yet")
+    return folder
+
+
+def load_config(folder, argv):
+    """The config that a checkpoint was trained with, changed by the words of the command line."""
+    saved = checkpoint.read(os.path.join(folder, "train.pt"))["config"]
+    words = []
+    for key, value in saved.items():
+        if key in configs.HINTS:  # an older checkpoint may have settings that are gone
+            words.append(f"--{key}={value!r}")
+    words.append(f"--out_dir={argv[0]}")
+
+    c = configs.load(words + argv[1:])
+    if not c.eval_data:
+        raise ConfigError(
+            "eval_data is empty: name the shards, for example --eval_data='data/emoji/test/*.tar'"
+        )
+    return c
 
 
 def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         raise ConfigError("usage: python eval.py CHECKPOINT_OR_RUN_FOLDER [--key=value ...]")
-    folder = argv[0]
-    is_run = os.path.isdir(os.path.join(folder, "checkpoints"))
-    folder = checkpoint.find(
-        configs.Config(out_dir=folder, resume="auto" if is_run else folder),
-        names=("model.pt", "train.pt"),
-    )
-    if not folder:
-        raise ConfigError(f"{argv[0]} has no checkpoint yet")
-    saved = checkpoint.read(os.path.join(folder, "train.pt"))["config"]
-    c = configs.load(
-        [f"--{key}={value!r}" for key, value in saved.items() if key in configs.HINTS]
-        + [f"--out_dir={argv[0]}"]
-        + argv[1:]
-    )
-    if not c.eval_data:
-        raise ConfigError(
-            "eval_data is empty: name the shards, for example --eval_data='data/emoji/test/*.tar'"
-        )
+    folder = find_checkpoint(argv[0])
+    c = load_config(folder, argv)
+
     device = dist.init(c.device, c.timeout)
     model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
     checkpoint.load_model(folder, model, c)
-    results = evaluate(
-        model,
-        c,
-        device,
-        hardware.autocast(hardware.precision(c.precision, device), device),
-        picture=True,
-    )
+
+    autocast = hardware.autocast(hardware.precision(c.precision, device), device)
+    results = evaluate(model, c, device, autocast, picture=True)
     if dist.rank() == 0:
-        print(
-            f"{folder} on {' '.join(c.eval_data)}\n{table(results)}\n  {c.out_dir}/eval.json, {c.out_dir}/retrieval.png"
-        )
-    dist.barrier()  # nobody goes while another may still need it
+        print(f"{folder} on {' '.join(c.eval_data)}")
+        print(table(results))
+        print(f"  {c.out_dir}/eval.json, {c.out_dir}/retrieval.png")
+    dist.barrier()  # a rank that ended earlier could break a collective of the others
 
 
 if __name__ == "__main__":

@@ -114,14 +114,20 @@ def read(tar, entry):
     return content
 
 
-def captions(files, caption_key):
-    """The captions among {extension: bytes} -> list of str of up to MAX_CHARACTERS, none of them empty. BadSample if there is none."""
+def captions(files, caption_key, lines=False):
+    """The captions among {extension: bytes} -> list of str, 1 to MAX_CHARACTERS long.
+
+    They are the entry caption_key of KEY.json, a string or a list of strings, or, if caption_key is
+    empty, the text KEY.txt: one caption, or with `lines` one caption per line. Raises BadSample if
+    there is none.
+    """
     try:
-        value = (
-            json.loads(files["json"])[caption_key]
-            if caption_key
-            else files["txt"].decode("utf-8", "replace")
-        )
+        if caption_key:
+            value = json.loads(files["json"])[caption_key]
+        else:
+            value = files["txt"].decode("utf-8", "replace")
+            if lines:
+                value = value.splitlines()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSample("no caption") from error
     texts = [

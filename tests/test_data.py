@@ -1,4 +1,4 @@
-"""data.py: the index, the order of samples, the loader on any number of ranks and workers, bad input, evaluation sets."""
+"""data.py: the index, the order of samples, the loader on any number of ranks and workers, bad input."""
 
 import glob
 import io
@@ -649,54 +649,3 @@ def test_command_line(tmp_path, capsys):
     )
     with pytest.raises(SystemExit, match="error: .*b.tar matches no file"):
         or_exit(index.main, [str(tmp_path / "b.tar")])
-
-
-@pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 2), (3, 1)])
-def test_evaluation_set_once(shards, ranks, workers):
-    read = {}
-    for rank in range(ranks):
-        for batch in evaluation.read_samples((shards,), 24, "texts", 16, rank, ranks, workers):
-            assert (
-                batch.images.shape[1:] == (3, 24, 24) and len(batch.images) <= 16 and not batch.bad
-            )
-            for position, image, texts, label in zip(
-                batch.positions.tolist(), batch.images, batch.captions, batch.classes
-            ):
-                assert (
-                    position % ranks == rank
-                    and position not in read
-                    and number_of(image) == position
-                    and label is None
-                )
-                assert texts == [f"sample {position} {c}" for c in "abcdefgh"]
-                read[position] = image
-    assert len(read) == N
-    whole = images.decode({"png": picture(1, "png")})
-    assert torch.equal(
-        read[1], evaluation.evaluation_sample({"png": picture(1, "png")}, 24, "")[0]
-    ) and whole.shape == (3, 31, 40)
-
-
-def test_evaluation_set_with_classes(tmp_path):
-    pattern = write_shards(
-        tmp_path,
-        (4, 3),
-        **{f"s{n}": {"txt": None, "json": None, "cls": str(n * 2).encode()} for n in range(7)},
-    )
-    write_tar(
-        tmp_path / "00002.tar",
-        sample(7, txt=None, cls=b"x")
-        + sample(8, txt=None, png=b"", cls=b"1", webp=b"")
-        + sample(9, cls=b"3"),
-    )
-    pattern = pattern.replace("00001}", "00002}")
-    with pytest.raises(ConfigError, match="has no usable sample"):
-        load_index(pattern.replace("00002}", "00001}"))
-    assert load_index(pattern, evaluation=True).counts.tolist() == [4, 3, 3]
-    (batch,) = evaluation.read_samples(pattern, 24, batch_size=100, workers=0)
-    assert (
-        batch.positions.tolist() == [*range(7), 9]
-        and batch.classes == [0, 2, 4, 6, 8, 10, 12, 3]
-        and batch.captions == [[]] * 7 + [["sample 9"]]
-    )
-    assert batch.bad == {"class is not a number": 1, "corrupt image": 1}
