@@ -1,8 +1,9 @@
-"""Every setting of a run, in one table: its type, its default and a line of why.
+"""Every option of a run, in one table: its meaning, its type and its default.
 
-A config file is plain Python, a few assignments each, run over these defaults. `base = "other.py"` (a path relative to
-the file) starts from another config. `--key=value` on the command line comes last. A config file is *code* and can do
-whatever Python can: run only those you have read.
+A config file is plain Python, a few assignments that are run over these defaults.
+`base = "other.py"` (a path relative to the file) starts from another config. `--key=value` on the
+command line comes last. A config file is *code* and can do whatever Python can: run only those you
+have read.
 
     python train.py configs/emoji_v3.py --lr=2e-3 --max_steps=100
 """
@@ -10,197 +11,192 @@ whatever Python can: run only those you have read.
 import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import os
 import re
 import sys
+import types
 import typing
-from dataclasses import dataclass, field
-from typing import Literal, Optional, Union
+from dataclasses import dataclass
+from typing import Literal
 
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message says which, why, and what to do."""
 
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-Auto = Literal["auto"]
-
-
 @dataclass
 class Config:
-    # the method (loss.py)
-    algorithm: Literal[
-        "openclip", "sogclr", "isogclr", "fastclip-v0", "fastclip-v1", "fastclip-v2", "fastclip-v3"
-    ] = setting("fastclip-v3", "which of the seven algorithms, see the table in loss.py")
-    equations: Literal["paper", "release"] = setting(
-        "paper", "the paper's equations, or those of the code that made its published numbers"
-    )
-    rho: float = setting(6.5, "RGCL margin: larger keeps tau larger (isogclr, v2, v3)")
-    eps_u: float = setting(1e-14, "epsilon added to u inside the logarithm (all but openclip)")
-    gamma_min: float = setting(
-        0.2,
-        "inner learning rate gamma: its constant, or where its cosine ends; keep it large in short runs",
-    )
-    gamma_schedule: Union[Literal["constant", "cosine"], Auto] = setting(
-        "auto", "auto: constant for sogclr and isogclr, cosine for v0..v3"
-    )
-    gamma_decay_epochs: float = setting(
-        0.0, "epochs until gamma reaches gamma_min; 0: half of the epochs"
-    )
-    gamma_smooth: bool = setting(False, "recompute gamma every step instead of every epoch")
-    tau_init: float = setting(0.07, "initial temperature, global or per sample")
-    lr_tau: Optional[float] = setting(None, "learning rate of the temperature; None: the model's")
-    lr_tau_schedule: Union[Literal["constant", "cosine", "threshold"], Auto] = setting(
-        "auto",
-        "auto: cosine for openclip and v0, constant for per-sample tau, threshold (a third once tau <= 0.03) for v3",
-    )
+    # ---- the method (loss.py, optim.py) ----
 
-    # the model (model.py); None keeps the named model's own number
-    model: str = setting(
-        "ViT-B-32", "RN50, ViT-B-32, ViT-B-16 or timm:NAME; the numbers below change its size"
-    )
-    image_size: Optional[int] = setting(None, "side of the square input, pixels")
-    patch_size: Optional[int] = setting(None, "ViT patch side, pixels")
-    embed_dim: Optional[int] = setting(None, "dimension d of the joint feature space")
-    vision_layers: Union[int, tuple, None] = setting(
-        None, "ViT: blocks; ResNet: a tuple of four stage depths"
-    )
-    vision_width: Optional[int] = setting(
-        None, "ViT: token width; ResNet: channels of the stem's last convolution"
-    )
-    vision_norm: Optional[Literal["batch", "group"]] = setting(
-        None, "ResNet: BatchNorm, or GroupNorm (no statistics across samples)"
-    )
-    context_length: Optional[int] = setting(None, "longest caption, tokens")
-    text_width: Optional[int] = setting(None, "text transformer width")
-    text_heads: Optional[int] = setting(None, "text transformer attention heads")
-    text_layers: Optional[int] = setting(None, "text transformer blocks")
-    grad_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, about a third slower"
-    )
+    # One of the algorithms in loss.py's table: openclip, sogclr, isogclr, fastclip-v0 to -v3.
+    algorithm: str = "fastclip-v3"
+    # The paper's equations, or those of the code that made its published numbers.
+    equations: Literal["paper", "release"] = "paper"
+    # Margin of RGCL: the larger, the larger tau stays (isogclr, v2, v3).
+    rho: float = 6.5
+    # Epsilon added to u inside the logarithm (all but openclip).
+    eps_u: float = 1e-14
+    # Inner learning rate gamma: its constant, or where its cosine ends. Large in short runs.
+    gamma_min: float = 0.2
+    # auto: constant for sogclr and isogclr, cosine for v0 to v3.
+    gamma_schedule: Literal["auto", "constant", "cosine"] = "auto"
+    # Epochs until gamma reaches gamma_min; 0: half of the epochs.
+    gamma_decay_epochs: float = 0.0
+    # Recompute gamma every step instead of every epoch.
+    gamma_smooth: bool = False
+    # Initial temperature, global or per sample.
+    tau_init: float = 0.07
+    # Learning rate of the temperature; None: the model's.
+    lr_tau: float | None = None
+    # auto: cosine for openclip and v0, constant for per-sample tau, threshold (a third of the
+    # learning rate once tau <= 0.03) for v3.
+    lr_tau_schedule: Literal["auto", "constant", "cosine", "threshold"] = "auto"
 
-    # the data (data.py)
-    train_data: tuple = setting(
-        (),
-        "tar shards: one pattern or several, e.g. 'shards/{00000..00331}.tar' or 'pipe:CMD {00..99}.tar'",
-    )
-    train_samples: int = setting(
-        0,
-        "how many samples they hold, for --plan where the shards are not at hand; 0: read their index",
-    )
-    caption_key: str = setting(
-        "",
-        "'' reads KEY.txt; otherwise this entry of KEY.json, a string or a list to draw one from",
-    )
-    crop_scale: tuple = setting(
-        (0.9, 1.0), "random resized crop: smallest and largest share of the image's area"
-    )
-    decoder: Literal["torchvision", "pillow", "simplejpeg", "nvjpeg"] = setting(
-        "torchvision",
-        "of training JPEGs; pillow and simplejpeg (a package) are faster for large pictures, nvjpeg is the GPU's: see images.py",
-    )
-    lanes: Union[int, Auto] = setting(
-        "auto",
-        "parallel read positions; must divide batch_size; changing it changes the order of samples",
-    )
-    shuffle_block: Union[int, Auto] = setting(
-        "auto", "samples of a lane shuffled together, held compressed in memory"
-    )
-    workers: Union[int, Auto] = setting(
-        "auto",
-        "decoding processes per rank; 0 decodes in the training process; never changes the batches",
-    )
+    # ---- the model (model.py); None keeps the named model's own number ----
 
-    # the length of the run
-    batch_size: int = setting(1024, "global batch, samples over all ranks")
-    micro_batch: int = setting(
-        0,
-        "samples per rank in one forward pass; smaller than batch_size/ranks accumulates exactly; 0: no accumulation",
-    )
-    epochs: float = setting(30.0, "passes over the data")
-    max_steps: int = setting(
-        0, "stop after this many steps; schedules then end there; 0: epochs decide"
-    )
+    # RN50, ViT-B-32, ViT-B-16 or timm:NAME; the numbers below change its size.
+    model: str = "ViT-B-32"
+    # Side of the square input, pixels.
+    image_size: int | None = None
+    # Side of a ViT's patches, pixels.
+    patch_size: int | None = None
+    # Dimension d of the joint feature space.
+    embed_dim: int | None = None
+    # ViT: blocks. ResNet: a tuple of four depths, one per stage.
+    vision_layers: int | tuple | None = None
+    # ViT: width of a token. ResNet: channels of the stem's last convolution.
+    vision_width: int | None = None
+    # ResNet: BatchNorm, or GroupNorm (no statistics across samples).
+    vision_norm: Literal["batch", "group"] | None = None
+    # Longest caption, tokens.
+    context_length: int | None = None
+    # Text transformer: width.
+    text_width: int | None = None
+    # Text transformer: attention heads.
+    text_heads: int | None = None
+    # Text transformer: blocks.
+    text_layers: int | None = None
+    # Recompute activations in the backward pass: less memory, about a third slower.
+    grad_checkpointing: bool = False
 
-    # the optimizer (optim.py)
-    optimizer: Literal["adamw", "lamb", "lion", "sgdm"] = setting(
-        "adamw", "sgdm: SGD with momentum beta1"
-    )
-    lr: float = setting(1e-3, "peak learning rate")
-    lr_min: float = setting(0.0, "where the cosine ends")
-    warmup_steps: int = setting(10_000, "linear warm-up, steps")
-    weight_decay: float = setting(
-        0.1, "on matrices only, never on biases, norms or the temperature"
-    )
-    beta1: float = setting(0.9, "first moment / momentum")
-    beta2: Optional[float] = setting(
-        None, "second moment; None: 0.999 for a ResNet, 0.98 for a ViT (Lion: 0.99)"
-    )
-    eps: Optional[float] = setting(None, "Adam's epsilon; None: 1e-8 for a ResNet, 1e-6 for a ViT")
-    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping")
+    # ---- the data (data.py) ----
 
-    # evaluation (eval.py)
-    eval_data: tuple = setting(
-        (),
-        "tar shards with KEY.cls beside classnames.txt (zero-shot), or with captions (retrieval)",
-    )
-    eval_steps: int = setting(0, "evaluate every so many steps; 0: at the end only")
-    eval_batch: int = setting(256, "samples per rank in one forward pass of the evaluation")
+    # Tar shards, one pattern or several: 'shards/{00000..00331}.tar', 'pipe:CMD {00..99}.tar'.
+    train_data: tuple = ()
+    # How many samples they hold, for --plan where they are not at hand; 0: read their index.
+    train_samples: int = 0
+    # '' reads captions from KEY.txt; otherwise this entry of KEY.json, a string or a list of them.
+    caption_key: str = ""
+    # Random resized crop: smallest and largest share of the image's area.
+    crop_scale: tuple = (0.9, 1.0)
+    # Of training JPEGs. pillow and simplejpeg (a package) are faster for large pictures, nvjpeg
+    # decodes on the GPU: see ingest/images.py.
+    decoder: Literal["torchvision", "pillow", "simplejpeg", "nvjpeg"] = "torchvision"
+    # Parallel read positions; must divide batch_size. Changing it changes the order of samples.
+    lanes: int | Literal["auto"] = "auto"
+    # Samples of a lane that are shuffled together, held compressed in memory.
+    shuffle_block: int | Literal["auto"] = "auto"
+    # Decoding processes per rank; 0 decodes in the training process. Never changes the batches.
+    workers: int | Literal["auto"] = "auto"
 
-    # saving and watching (checkpoint.py, train.py)
-    out_dir: str = setting("", "the run's folder; '': runs/NAME-OF-THE-CONFIG")
-    resume: str = setting(
-        "none", "none, auto (the newest checkpoint in out_dir, if any), or a checkpoint's folder"
-    )
-    save_steps: int = setting(
-        0, "save every so many steps; 0: once an epoch; the end is always saved"
-    )
-    save_minutes: float = setting(0.0, "save every so many minutes too; 0: never")
-    save_background: bool = setting(
-        True, "write checkpoints beside the training, which then only waits for a copy in memory"
-    )
-    keep: int = setting(2, "newest checkpoints to keep; with 1 there is none to fall back on")
-    stop_after: Union[int, str] = setting(
-        0,
-        "save and end this job after so many of its steps, or a time: '90m', '23.5h'; 0: run to the end",
-    )
-    skip_nonfinite: bool = setting(
-        False,
-        "leave out steps with a non-finite loss or gradient, up to 1 %, where otherwise the run stops",
-    )
-    log_steps: int = setting(10, "a row of metrics.jsonl every so many steps")
-    tensorboard: bool = setting(False, "also write TensorBoard events to out_dir")
-    wandb: str = setting("", "also log to this Weights & Biases project")
-    plan: bool = setting(False, "print what this config would do, and stop")
+    # ---- the length of the run ----
 
-    # the machine (dist.py, train.py)
-    device: str = setting("auto", "auto (cuda if there is one), cuda, cpu")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "of the towers; auto: bf16 on a GPU that has it, else fp32; the loss is always fp32"
-    )
-    compile: Union[bool, Auto] = setting("auto", "torch.compile each block; auto: on CUDA")
-    grad_wire: Literal["fp32", "bf16"] = setting(
-        "fp32", "the type in which gradients travel between ranks"
-    )
-    bucket_mb: float = setting(
-        25.0, "gradient bucket, MB: smaller overlaps earlier, larger sends more efficiently"
-    )
-    loss_tile: int = setting(
-        0,
-        "columns of the loss's similarities in memory at a time; 0: all of them, faster; see loss.py",
-    )
-    timeout: float = setting(
-        600.0, "seconds without a finished step before a rank gives up and says where"
-    )
-    seed: int = setting(2024, "of the weights, the order of samples, crops and captions")
+    # Global batch, samples over all ranks.
+    batch_size: int = 1024
+    # Samples per rank in one forward pass; smaller than batch_size / ranks accumulates exactly;
+    # 0: no accumulation.
+    micro_batch: int = 0
+    # Passes over the data.
+    epochs: float = 30.0
+    # End after this many steps, schedules too; 0: epochs decide.
+    max_steps: int = 0
+
+    # ---- the optimizer (optim.py) ----
+
+    # sgdm: SGD with momentum beta1.
+    optimizer: Literal["adamw", "lamb", "lion", "sgdm"] = "adamw"
+    # Peak learning rate.
+    lr: float = 1e-3
+    # Where its cosine ends.
+    lr_min: float = 0.0
+    # Linear warm-up, steps.
+    warmup_steps: int = 10_000
+    # On matrices only, never on biases, norms or the temperature.
+    weight_decay: float = 0.1
+    # First moment, or momentum.
+    beta1: float = 0.9
+    # Second moment; None: 0.999 for a ResNet, 0.98 for a ViT (Lion: 0.99).
+    beta2: float | None = None
+    # Adam's epsilon; None: 1e-8 for a ResNet, 1e-6 for a ViT.
+    eps: float | None = None
+    # Largest gradient norm; 0: no clipping.
+    grad_clip: float = 0.0
+
+    # ---- evaluation (eval.py) ----
+
+    # Tar shards with KEY.cls beside classnames.txt (zero-shot), or with captions (retrieval).
+    eval_data: tuple = ()
+    # Evaluate every so many steps; 0: at the end only.
+    eval_steps: int = 0
+    # Samples per rank in one forward pass of the evaluation.
+    eval_batch: int = 256
+
+    # ---- saving and logging (runtime/) ----
+
+    # The run's folder; '': runs/NAME-OF-THE-CONFIG.
+    out_dir: str = ""
+    # none, auto (the newest checkpoint in out_dir, if any), or a checkpoint's folder.
+    resume: str = "none"
+    # Save every so many steps; 0: once an epoch. The end is always saved.
+    save_steps: int = 0
+    # Save every so many minutes, too; 0: never.
+    save_minutes: float = 0.0
+    # Write checkpoints beside the training, which then waits only for a copy in memory.
+    save_background: bool = True
+    # Newest checkpoints to keep; with 1 there is none to fall back on.
+    keep: int = 2
+    # Save and end this job after so many of its steps, or a time: '90m', '23.5h'; 0: never.
+    stop_after: int | str = 0
+    # Leave out steps with a non-finite loss or gradient, up to 1 %, where otherwise the run stops.
+    skip_nonfinite: bool = False
+    # A row of metrics.jsonl every so many steps.
+    log_steps: int = 10
+    # Also write TensorBoard events to out_dir.
+    tensorboard: bool = False
+    # Also log to this Weights & Biases project.
+    wandb: str = ""
+    # Print what this config would do, and stop.
+    plan: bool = False
+
+    # ---- the machine (dist.py, runtime/hardware.py) ----
+
+    # auto (cuda if there is one), cuda or cpu.
+    device: str = "auto"
+    # Of the towers; auto: bf16 on a GPU that has it, else fp32. The loss is always fp32.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # torch.compile each block; auto: on CUDA.
+    compile: bool | Literal["auto"] = "auto"
+    # The type in which gradients travel between ranks.
+    grad_wire: Literal["fp32", "bf16"] = "fp32"
+    # Gradient bucket, MB: smaller ones overlap earlier, larger ones are sent more efficiently.
+    bucket_mb: float = 25.0
+    # Columns of the loss's similarities in memory at a time; 0: all of them, faster. See loss.py.
+    loss_tile: int = 0
+    # Seconds without a finished step after which a rank gives up and says where.
+    timeout: float = 600.0
+    # Of the weights, the order of samples, crops and captions.
+    seed: int = 2024
 
     def model_numbers(self):
-        """The numbers that this config changes in its named model -> keyword arguments of model.create."""
+        """The numbers of its model that this config changes: keywords of model.create."""
         return {key: getattr(self, key) for key in MODEL_KEYS if getattr(self, key) is not None}
+
+    def total_steps(self, steps_per_epoch):
+        """The length of the run in steps: of its epochs, or max_steps if that is less."""
+        steps = max(1, int(self.epochs * steps_per_epoch))
+        return min(steps, self.max_steps) if self.max_steps else steps
 
 
 HINTS = typing.get_type_hints(Config)
@@ -218,15 +214,20 @@ MODEL_KEYS = (
 )
 
 
-def load(argv):
-    """Command-line words (a config file, then `--key=value`s; both may be missing) -> Config.
+# ---- reading ----
 
-    Raises ConfigError for an unknown key (the nearest is named), a wrong type, a missing or failing file.
+
+def load(argv):
+    """Command-line words (a config file, then `--key=value`s; both optional) -> Config.
+
+    Raises ConfigError for an unknown key (the nearest is named), a wrong type, a value that cannot
+    work, a missing or failing file.
     """
-    values, name = {}, "run"
+    values = {}
+    name = "run"
     for i, word in enumerate(argv):
         if word in ("-h", "--help"):
-            print(help_table())
+            print(help_text())
             raise SystemExit(0)
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
@@ -234,59 +235,60 @@ def load(argv):
                 raise ConfigError(f"{word}: write --key=value, for example --{key}=...")
             values[key] = parse(text)
         elif i == 0:
-            values, name = read(word), os.path.splitext(os.path.basename(word))[0]
+            values = read(word)
+            name = os.path.splitext(os.path.basename(word))[0]
         else:
             raise ConfigError(
                 f"unexpected word {word!r}: a config file comes first, then only --key=value"
             )
+
     config = Config(**{key: typed(key, value) for key, value in values.items()})
     config.out_dir = config.out_dir or os.path.join("runs", name)
     check(config)
     return config
 
 
-def read(path, seen=()):
-    """Run a config file (and first the one that it names as `base`) -> {key: value}."""
-    if os.path.abspath(path) in seen:
+def read(path, readers=()):
+    """Run a config file, and first the one that it names as `base` -> {key: value}.
+
+    readers: absolute paths of the files that lead here, by which a circle is found.
+    """
+    if os.path.abspath(path) in readers:
         raise ConfigError(f"{path}: the config files name each other as base in a circle")
     if not os.path.isfile(path):
-        near = difflib.get_close_matches(
-            path,
-            [
-                os.path.join(os.path.dirname(path), f)
-                for f in os.listdir(os.path.dirname(path) or ".")
-            ]
-            if os.path.isdir(os.path.dirname(path) or ".")
-            else [],
-            1,
-        )
-        raise ConfigError(
-            f"no config file {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        raise ConfigError(f"no config file {path!r}{nearest(path, files_beside(path))}")
+
     names = {}
     with open(path, encoding="utf-8") as f:
         try:
             exec(compile(f.read(), path, "exec"), names)
         except Exception as error:
             raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
-    names = {
-        k: v
-        for k, v in names.items()
-        if not k.startswith("_") and not callable(v) and not isinstance(v, type(os))
-    }
-    base = names.pop("base", None)
-    values = (
-        read(os.path.join(os.path.dirname(path), base), (*seen, os.path.abspath(path)))
-        if base
-        else {}
-    )
-    for key in names:
-        typed(key, names[key], where=path)  # so that the message names the file
-    return {**values, **names}
+    assigned = {key: value for key, value in names.items() if is_option(key, value)}
+
+    values = {}
+    base = assigned.pop("base", None)
+    if base:
+        values = read(os.path.join(os.path.dirname(path), base), (*readers, os.path.abspath(path)))
+    for key, value in assigned.items():
+        typed(key, value, where=path)  # here, so that the message names the file
+    return {**values, **assigned}
+
+
+def is_option(key, value):
+    """Whether a name of a config file is an option: not a _helper, a function or a module."""
+    return not (key.startswith("_") or callable(value) or isinstance(value, types.ModuleType))
+
+
+def files_beside(path):
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder or "."):
+        return []
+    return [os.path.join(folder, name) for name in os.listdir(folder or ".")]
 
 
 def parse(text):
-    """`--key=TEXT`: a Python literal where it is one, else the text itself."""
+    """The text of `--key=TEXT` -> a Python literal if it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -294,138 +296,202 @@ def parse(text):
 
 
 def typed(key, value, where="command line"):
-    """Check one value against the table and return it as its type; ConfigError names the key and the nearest one."""
+    """Check one value against the table -> the value in its type. ConfigError if it is wrong."""
     if key not in HINTS:
-        near = difflib.get_close_matches(key, HINTS, 1)
-        raise ConfigError(
-            f"{where}: unknown key {key!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "; --help lists them all")
-        )
-    if HINTS[key] is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        near = nearest(key, HINTS) or "; --help lists them all"
+        raise ConfigError(f"{where}: unknown key {key!r}{near}")
+
+    hint = HINTS[key]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is str and is_number:
         value = str(value)  # --out_dir=2024
-    for option in options(HINTS[key]):
+    for option in options(hint):
         if option is tuple and isinstance(value, (str, list, tuple)):
-            return (value,) if isinstance(value, str) and value else tuple(value)
+            return as_tuple(value)
         if option is float and type(value) is int:
             return float(value)
-        if option is type(value) or (
-            not isinstance(option, type) and option == value and type(option) is type(value)
-        ):
+        if admits(option, value):
             return value
-    allowed = " or ".join(
-        o.__name__ if isinstance(o, type) else repr(o) for o in options(HINTS[key])
-    )
-    near = difflib.get_close_matches(
-        str(value), [o for o in options(HINTS[key]) if isinstance(o, str)], 1
-    )
+
+    allowed = " or ".join(describe(option) for option in options(hint))
+    near = nearest(str(value), [option for option in options(hint) if isinstance(option, str)])
     raise ConfigError(
-        f"{where}: {key} = {value!r} is of type {type(value).__name__}; it must be {allowed}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
+        f"{where}: {key} = {value!r} is of type {type(value).__name__}; it must be {allowed}{near}"
     )
+
+
+def as_tuple(value):
+    """A string is one element, unless it is empty."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(value)
 
 
 def options(hint):
-    """A type hint -> the types and literal values that it admits."""
-    if typing.get_origin(hint) is Literal:
+    """A type hint -> list of the types and literal values that it admits."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
         return list(typing.get_args(hint))
-    if typing.get_origin(hint) is Union:
-        return [option for arg in typing.get_args(hint) for option in options(arg)]
+    if origin in (typing.Union, types.UnionType):
+        found = []
+        for part in typing.get_args(hint):
+            found += options(part)
+        return found
     return [None if hint is type(None) else hint]
 
 
+def admits(option, value):
+    """Whether `value` is of the type, or is the literal value, `option`."""
+    if isinstance(option, type):
+        return option is type(value)
+    return option == value and type(option) is type(value)
+
+
+def describe(option):
+    return option.__name__ if isinstance(option, type) else repr(option)
+
+
+def nearest(word, words):
+    """ "; did you mean 'lr'?" for the word that is spelt most alike, "" if none is."""
+    found = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+# ---- checking ----
+
+NOT_NEGATIVE = (
+    "lr",
+    "weight_decay",
+    "warmup_steps",
+    "lr_min",
+    "rho",
+    "eps_u",
+    "micro_batch",
+    "max_steps",
+    "grad_clip",
+    "gamma_decay_epochs",
+    "eval_steps",
+    "save_steps",
+    "save_minutes",
+    "seed",
+    "lr_tau",
+    "loss_tile",
+)
+POSITIVE = ("batch_size", "epochs", "keep", "log_steps", "eval_batch", "bucket_mb", "timeout")
+
+
 def check(c):
-    """Refuse what cannot work, before anything is allocated. World size and data are checked where they are known."""
-
-    def refuse(unless, message):
-        if not unless:
-            raise ConfigError(message)
-
-    for key in (
-        "lr",
-        "weight_decay",
-        "warmup_steps",
-        "lr_min",
-        "rho",
-        "eps_u",
-        "micro_batch",
-        "max_steps",
-        "grad_clip",
-        "gamma_decay_epochs",
-        "eval_steps",
-        "save_steps",
-        "save_minutes",
-        "seed",
-        "lr_tau",
-        "loss_tile",
-    ):
+    """ConfigError for what cannot work. World size and data are checked where they are known."""
+    for key in NOT_NEGATIVE:
         value = getattr(c, key)
-        refuse(value is None or value >= 0, f"{key} = {value} must not be negative")
-    for key in ("batch_size", "epochs", "keep", "log_steps", "eval_batch", "bucket_mb", "timeout"):
-        refuse(getattr(c, key) > 0, f"{key} = {getattr(c, key)} must be positive")
-    refuse(
-        c.batch_size >= 2, "batch_size = 1 has no negatives: a contrastive loss needs at least 2"
+        require(value is None or value >= 0, f"{key} = {value} must not be negative")
+    for key in POSITIVE:
+        value = getattr(c, key)
+        require(value > 0, f"{key} = {value} must be positive")
+    check_method(c)
+    check_data(c)
+
+    is_stages = isinstance(c.vision_layers, tuple)
+    require(
+        not is_stages or len(c.vision_layers) == 4,
+        f"vision_layers = {c.vision_layers}: a ResNet has four stages",
     )
-    refuse(
+    require(
+        c.device in ("auto", "cuda", "cpu"),
+        f"device = {c.device!r} must be auto, cuda or cpu; choose among GPUs with "
+        "CUDA_VISIBLE_DEVICES",
+    )
+    stop_seconds(c)
+
+
+def check_method(c):
+    require(
+        c.batch_size >= 2,
+        "batch_size = 1 has no negatives: a contrastive loss needs at least 2",
+    )
+    require(
         0 < c.gamma_min <= 1,
         f"gamma_min = {c.gamma_min} must lie in (0, 1]: it is the weight of the new estimate in u",
     )
-    refuse(
+    require(
         0.01 <= c.tau_init <= 1,
         f"tau_init = {c.tau_init} must lie in [0.01, 1], the range in which tau is kept",
     )
-    refuse(c.lr_min <= c.lr, f"lr_min = {c.lr_min} is above lr = {c.lr}")
-    refuse(
-        len(c.crop_scale) == 2 and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,
-        f"crop_scale = {c.crop_scale} must be (smallest, largest) with 0 < smallest <= largest <= 1",
+    require(c.lr_min <= c.lr, f"lr_min = {c.lr_min} is above lr = {c.lr}")
+
+
+def check_data(c):
+    scale = c.crop_scale
+    require(
+        len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
+        f"crop_scale = {scale} must be (smallest, largest) with 0 < smallest <= largest <= 1",
     )
-    for key in ("lanes", "shuffle_block", "workers"):
+    for key, smallest in (("lanes", 1), ("shuffle_block", 1), ("workers", 0)):
         value = getattr(c, key)
-        refuse(value == "auto" or value >= (key != "workers"), f"{key} = {value} is too small")
-    refuse(
+        require(value == "auto" or value >= smallest, f"{key} = {value} is too small")
+    require(
         c.lanes == "auto" or c.batch_size % c.lanes == 0,
-        f"lanes = {c.lanes} does not divide batch_size = {c.batch_size}: each step takes batch_size/lanes samples from every lane",
-    )
-    refuse(
-        isinstance(c.vision_layers, (int, type(None))) or len(c.vision_layers) == 4,
-        f"vision_layers = {c.vision_layers}: a ResNet has four stages",
-    )
-    stop_seconds(c)
-    refuse(
-        c.device in ("auto", "cuda", "cpu"),
-        f"device = {c.device!r} must be auto, cuda or cpu; choose among GPUs with CUDA_VISIBLE_DEVICES",
+        f"lanes = {c.lanes} does not divide batch_size = {c.batch_size}: each step takes "
+        "batch_size/lanes samples from every lane",
     )
     for key in ("train_data", "eval_data"):
-        refuse(
-            all(isinstance(p, str) for p in getattr(c, key)),
-            f"{key} must hold strings, got {getattr(c, key)}",
+        patterns = getattr(c, key)
+        require(
+            all(isinstance(pattern, str) for pattern in patterns),
+            f"{key} must hold strings, got {patterns}",
         )
 
 
+def require(condition, message):
+    if not condition:
+        raise ConfigError(message)
+
+
 def stop_seconds(config):
-    """config.stop_after as seconds, where it is a time, else infinity. ConfigError if it is neither a time nor a number of steps."""
-    if isinstance(config.stop_after, int) and config.stop_after >= 0:
+    """config.stop_after in seconds if it is a time, else infinity.
+
+    Raises ConfigError if it is neither a time nor a number of steps.
+    """
+    value = config.stop_after
+    if isinstance(value, int) and value >= 0:
         return math.inf
-    time = re.fullmatch(r"(\d+(?:\.\d*)?)([smh])", str(config.stop_after))
+    time = re.fullmatch(r"(\d+(?:\.\d*)?)([smh])", str(value))
     if not time:
         raise ConfigError(
-            f"stop_after = {config.stop_after!r} must be a number of steps, or a time such as '600s', '90m' or '23.5h'"
+            f"stop_after = {value!r} must be a number of steps, or a time such as '600s', '90m' "
+            "or '23.5h'"
         )
     return float(time[1]) * {"s": 1, "m": 60, "h": 3600}[time[2]]
 
 
+# ---- showing ----
+
+
 def as_text(config):
-    """The resolved config as assignments: printed at the start, saved in the run's folder, loadable as a config."""
-    return "".join(f"{f.name} = {getattr(config, f.name)!r}\n" for f in dataclasses.fields(config))
+    """The resolved config as assignments: saved in the run's folder, loadable as a config."""
+    lines = [f"{f.name} = {getattr(config, f.name)!r}\n" for f in dataclasses.fields(config)]
+    return "".join(lines)
 
 
-def help_table():
-    rows = ["usage: python train.py [CONFIG.py] [--key=value ...]\n"]
-    for f in dataclasses.fields(Config):
-        kinds = "|".join(
-            o.__name__ if isinstance(o, type) else str(o) for o in options(HINTS[f.name])
-        )
-        rows.append(f"  --{f.name}={f.default!r}\n        {f.metadata['help']}  [{kinds}]")
-    return "\n".join(rows)
+def help_text():
+    """The table above, with its comments, as the text of --help."""
+    lines = ["usage: python train.py [CONFIG.py] [--key=value ...]"]
+    comment = []
+    for line in inspect.getsource(Config).splitlines():
+        line = line.strip()
+        if line.startswith("# ----"):
+            lines += ["", line.strip("# -") + ":", ""]
+        elif line.startswith("#"):
+            comment.append(line[2:])
+        elif option := re.fullmatch(r"(\w+): (.+) = (.+)", line):
+            name, hint, default = option.groups()
+            lines.append(f"  --{name}={default}")
+            lines += [f"        {text}" for text in comment]
+            lines.append(f"        [{hint}]")
+            comment = []
+        elif line.startswith("def "):
+            break
+    return "\n".join(lines)
 
 
 def or_exit(function, *args):

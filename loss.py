@@ -87,6 +87,7 @@ class LossOutput(NamedTuple):
     mbcl: torch.Tensor  # []      in-batch contrastive loss at TAU_REFERENCE
     tau: torch.Tensor  # []      temperature used in this step (per-sample: the batch's mean)
     finite: torch.Tensor  # [b]     bool: are this rank's samples' features finite?
+    gamma: float = 1.0
 
 
 class ContrastiveLoss:
@@ -221,6 +222,7 @@ class ContrastiveLoss:
             mbcl.mean(),
             (tau1 + tau2).mean() / 2,
             torch.isfinite(s[mine]),
+            gamma,
         )
 
     def weight_factor(self, tau):
@@ -378,3 +380,7 @@ class Lookup:
         """-> {column name: [B]}"""
         self.work.wait()
         return dict(zip(self.columns, self.rows.unbind(1))) if self.columns else {}
+
+
+def get_algorithm(name):
+    return ALGORITHMS[name]

@@ -1,4 +1,4 @@
-"""Watching a run: the progress line, metrics.jsonl, TensorBoard or W&B when asked, and the curves of one or many runs."""
+"""What a run shows: the progress line, metrics.jsonl, and TensorBoard or W&B when asked."""
 
 import contextlib
 import importlib
@@ -8,156 +8,219 @@ import os
 import sys
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import config as configs
 import dist
-import model as models
 from runtime.hardware import peak_flops
 from runtime.plots import plot
 
-MAX_BAD = 0.01  # of all samples; more bad ones than this, and the data need a look before more is spent on them
+MAX_BAD = 0.01  # of all samples (or steps): beyond it, the data need a look before more is spent
+PRINT_SECONDS = 10  # between two lines of progress, where there is no terminal
 
 
 class BadRun(RuntimeError):
     """What makes a run end although it could go on. All ranks raise it at the same step."""
 
 
-class Log:
-    """Collects what a step returns without waiting for the device; every `log_steps` it waits once, and reports."""
+class Step(NamedTuple):
+    """What is kept of a step until the device has computed it."""
 
-    def __init__(self, c, order, total_steps, step, model, dtype, device, state=None):
-        """step, state: where the run is continued from, and what state() gave then."""
+    step: int
+    ids: torch.Tensor  # (b,) this rank's samples
+    text_length: float  # mean tokens of its captions
+    values: torch.Tensor  # (4,) objective, mbcl, tau, grad_norm, on the device
+    features_finite: torch.Tensor  # (b,) bool
+    gradient_finite: torch.Tensor  # [] bool, of this rank's own gradient
+
+
+class Log:
+    """Collects what steps return without waiting for the device; reports every `log_steps`.
+
+    save_wait: seconds since the last report in which training waited for a checkpoint's copy.
+    """
+
+    def __init__(self, t, num_samples, step, state=None):
+        """t: train.Trainer. step, state: where the run continues, and what state() gave there."""
+        c = t.config
+        self.t = t
+        self.config = c
+
+        # What the run remembers over its jobs.
         state = state or {"bad": {}, "window": [], "seen": 0, "skipped": 0}
-        self.c, self.order, self.total_steps = c, order, total_steps
-        self.skipping = (
-            c.skip_nonfinite or dtype == torch.float16
-        )  # a float16 scaler finds its scale by skipping
-        self.pending, self.bad, self.waited, self.save_wait, self.unwritten = (
-            [],
-            Counter(),
-            0.0,
-            0.0,
-            b"",
-        )
-        self.bad_before, self.window, self.seen, self.skipped = (
-            state["bad"],
-            state["window"],
-            state["seen"],
-            state["skipped"],
-        )
-        self.flops, self.peak = models.forward_flops(model, 1), peak_flops(dtype, device)
-        self.text_flops = (
-            models.forward_flops(model, model.context_length)["text"] / model.context_length
-        )
-        self.bar = self.file = self.board = self.wandb = None
+        self.bad_before = state["bad"]
+        self.window = state["window"]  # rows since the last report, five numbers each
+        self.seen = state["seen"]  # steps
+        self.skipped = state["skipped"]
+
+        # What has come in since the last report.
+        self.pending = []  # Steps
+        self.bad = Counter()  # of this rank and job, by reason
+        self.gamma = 1.0
+        self.data_wait = 0.0  # seconds
+        self.save_wait = 0.0
+
+        self.flops = t.flops()
+        self.peak_flops = peak_flops(t.dtype, t.device)
+        self.bar = None
+        self.file = None
+        self.board = None
+        self.wandb = None
         if dist.rank() == 0:
-            os.makedirs(c.out_dir, exist_ok=True)
-            with open(os.path.join(c.out_dir, "config.py"), "w") as f:
-                f.write(configs.as_text(c))
-            print(
-                f"{c.algorithm} ({c.equations}), {c.model}: {models.num_parameters(model)['total'] / 1e6:.1f} M parameters, "
-                f"{order.num_samples:,} samples, {order.steps_per_epoch} steps of {c.batch_size} an epoch, {total_steps} in all, "
-                f"{dist.world_size()} rank(s) on {device.type}, {str(dtype)[6:]}; from step {step}; {c.out_dir}",
-                flush=True,
-            )
-            drop_rows_after(os.path.join(c.out_dir, "metrics.jsonl"), step)
-            self.file = open(os.path.join(c.out_dir, "metrics.jsonl"), "ab", buffering=0)
-            self.bar = tqdm(
-                total=total_steps,
-                initial=step,
-                disable=not sys.stderr.isatty(),
-                dynamic_ncols=True,
-                unit="step",
-            )
-            if c.tensorboard:
-                SummaryWriter = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
-                self.board = SummaryWriter(c.out_dir)
-            if c.wandb:
-                wandb = optional("wandb", "wandb")
-                self.wandb = wandb.init(
-                    project=c.wandb, name=os.path.basename(c.out_dir), dir=c.out_dir
-                )
-        self.start = self.since = self.asked = time.monotonic()
-        self.start_step, self.reported, self.printed = step, step, -math.inf
+            self.open(num_samples, step)
+
+        self.start = time.monotonic()
+        self.start_step = step
+        self.reported_at = self.start
+        self.reported_step = step
+        self.printed_at = -math.inf
+        self.step_ended_at = self.start
+
+    def open(self, num_samples, step):
+        """On rank 0: the resolved config, metrics.jsonl, the progress bar; TensorBoard, W&B."""
+        c = self.config
+        t = self.t
+        os.makedirs(c.out_dir, exist_ok=True)
+        with open(os.path.join(c.out_dir, "config.py"), "w") as f:
+            f.write(configs.as_text(c))
+
+        parameters = sum(p.numel() for p in t.model.parameters())
+        print(
+            f"{c.algorithm} ({c.equations}), {c.model}: {parameters / 1e6:.1f} M parameters, "
+            f"{num_samples:,} samples, {t.steps_per_epoch} steps of {c.batch_size} an epoch, "
+            f"{t.total_steps} in all, {dist.world_size()} rank(s) on {t.device.type}, "
+            f"{str(t.dtype)[6:]}; from step {step}; {c.out_dir}",
+            flush=True,
+        )
+
+        self.file = MetricsFile(os.path.join(c.out_dir, "metrics.jsonl"), step)
+        self.bar = tqdm(
+            total=t.total_steps,
+            initial=step,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            unit="step",
+        )
+        if c.tensorboard:
+            tensorboard = import_optional("torch.utils.tensorboard", "tensorboard")
+            self.board = tensorboard.SummaryWriter(c.out_dir)
+        if c.wandb:
+            wandb = import_optional("wandb", "wandb")
+            name = os.path.basename(c.out_dir)
+            self.wandb = wandb.init(project=c.wandb, name=name, dir=c.out_dir)
+
+    # ---- a step ----
 
     def data_is_ready(self):
-        """Call when a batch has arrived: the time since the end of the last step was spent waiting for it."""
-        self.waited += time.monotonic() - self.asked
+        """A batch has arrived: the time since the end of the last step was spent waiting for it."""
+        self.data_wait += time.monotonic() - self.step_ended_at
 
-    def step(self, step, batch, out, grad_norm, grad_finite, gamma, optimizer):
-        """Take note of a step, and report if it is time. BadRun as in collect()."""
-        for reason, count in batch.bad.items():
-            self.bad[reason] += count
+    def step(self, step, batch, out, grad_norm):
+        """Note what a step returned, and report if it is time. Raises BadRun as collect() does.
+
+        step: steps done. batch: data.Batch. out: LossOutput. grad_norm: [].
+        """
+        self.bad.update(batch.bad)
+        self.gamma = out.gamma
         values = torch.stack([x.float() for x in (out.objective, out.mbcl, out.tau, grad_norm)])
         self.pending.append(
-            (step, batch.ids, batch.lengths.float().mean().item(), values, out.finite, grad_finite)
+            Step(
+                step=step,
+                ids=batch.ids,
+                text_length=batch.lengths.float().mean().item(),
+                values=values,
+                features_finite=out.finite,
+                gradient_finite=self.t.reducer.finite,
+            )
         )
-        if step % self.c.log_steps == 0 or step == self.total_steps:
-            self.report(step, gamma, optimizer)
-        self.asked = time.monotonic()
+        if step % self.config.log_steps == 0 or step == self.t.total_steps:
+            self.report(step)
+        self.step_ended_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Inside, time is neither training nor waiting for data."""
+        start = time.monotonic()
+        yield
+        self.step_ended_at = time.monotonic()
+        self.reported_at += self.step_ended_at - start
+
+    # ---- looking at the steps since the last time ----
 
     def collect(self):
-        """Wait for the device and look at the steps since the last time, before a report and before a checkpoint. BadRun for a
-        non-finite objective or gradient, naming step, ranks and ids, or for too many skipped steps or bad samples."""
-        values = (
-            torch.stack([row[3] for row in self.pending]).double().cpu().tolist()
-            if self.pending
-            else []
-        )
-        for (step, ids, text_length, _, finite, grad_finite), (
-            objective,
-            mbcl,
-            tau,
-            grad_norm,
-        ) in zip(self.pending, values):
+        """Wait for the device and look at the pending steps: before each report and checkpoint.
+
+        Returns {reason: bad samples of all ranks and jobs}. Raises BadRun for an objective or a
+        gradient that is not finite, naming step, ranks and sample ids, and for too many skipped
+        steps or bad samples.
+        """
+        if self.pending:
+            values = torch.stack([row.values for row in self.pending]).double().cpu().tolist()
+        else:
+            values = []
+        for row, (objective, mbcl, tau, grad_norm) in zip(self.pending, values):
             self.seen += 1
             if math.isfinite(objective) and math.isfinite(grad_norm):
-                self.window.append([objective, mbcl, tau, grad_norm, text_length])
-                continue
-            self.skipped += 1  # the same on all ranks, for all know the same sums
-            features, gradients = zip(
-                *dist.all_gather_objects(
-                    (ids[~finite.cpu()].tolist(), [] if grad_finite else ids.tolist())
-                )
-            )
-            # A feature that is not finite spoils the gradients of all ranks: then those say nothing.
-            where = "; ".join(
-                f"on rank {r}, sample ids {', '.join(map(str, ids[:8]))}{f' and {len(ids) - 8} more' * (len(ids) > 8)}"
-                for r, ids in enumerate(features if any(features) else gradients)
-                if ids
-            )
-            what = f"step {step}: the {'gradient' if math.isfinite(objective) else 'objective'} is not finite: {where or 'only in the sum over all ranks'}"
-            if not self.skipping:
-                raise BadRun(
-                    f"{what}. Checkpoints are from before that step. A lower lr, or fp32, usually helps; "
-                    f"--skip_nonfinite=True leaves such steps out"
-                )
-            if dist.rank() == 0:
-                tqdm.write(f"skipped {what}")
+                self.window.append([objective, mbcl, tau, grad_norm, row.text_length])
+            else:
+                self.note_nonfinite(row, objective)
         self.pending = []
+
         bad = Counter(self.bad_before)
         for counts in dist.all_gather_objects(self.bad):
             bad.update(counts)
-        for count, of, what in (
-            (
-                sum(bad.values()),
-                self.seen * self.c.batch_size,
-                f"samples are bad: {dict(bad)}; look at the data (python -m ingest.index --verify ...)",
-            ),
-            (self.skipped, self.seen, "steps were not finite; a lower lr, or fp32, usually helps"),
-        ):
-            if count > max(10, MAX_BAD * of):
-                raise BadRun(f"{count} of {of} {what}")
+        self.check_limits(bad)
         return dict(bad)
 
+    def note_nonfinite(self, row, objective):
+        """Count a step that was skipped and say where it came from; BadRun if none may be skipped.
+
+        All ranks are here together, because all know the same objective and gradient norm.
+        """
+        self.skipped += 1
+        bad_features = row.ids[~row.features_finite.cpu()].tolist()
+        bad_gradient = [] if row.gradient_finite else row.ids.tolist()
+        ranks = dist.all_gather_objects((bad_features, bad_gradient))
+
+        # A feature that is not finite spoils the gradients of all ranks: then those say nothing.
+        ids_by_rank = [features for features, _ in ranks]
+        if not any(ids_by_rank):
+            ids_by_rank = [gradients for _, gradients in ranks]
+        places = [describe_ids(r, ids) for r, ids in enumerate(ids_by_rank) if ids]
+        where = "; ".join(places) or "only in the sum over all ranks"
+        kind = "gradient" if math.isfinite(objective) else "objective"
+        what = f"step {row.step}: the {kind} is not finite: {where}"
+
+        if not self.t.may_skip:
+            raise BadRun(
+                f"{what}. Checkpoints are from before that step. A lower lr, or fp32, usually "
+                "helps; --skip_nonfinite=True leaves such steps out"
+            )
+        if dist.rank() == 0:
+            tqdm.write(f"skipped {what}")
+
+    def check_limits(self, bad):
+        """BadRun if more than MAX_BAD (and more than ten) of the samples or steps are unusable."""
+        samples = self.seen * self.config.batch_size
+        num_bad = sum(bad.values())
+        if num_bad > max(10, MAX_BAD * samples):
+            raise BadRun(
+                f"{num_bad} of {samples} samples are bad: {dict(bad)}; look at the data "
+                "(python -m ingest.index --verify ...)"
+            )
+        if self.skipped > max(10, MAX_BAD * self.seen):
+            raise BadRun(
+                f"{self.skipped} of {self.seen} steps were not finite; a lower lr, or fp32, "
+                "usually helps"
+            )
+
     def state(self):
-        """What a checkpoint keeps, so that the rows of a run that was continued are those of one that was not."""
+        """What a checkpoint keeps, so that a continued run writes the rows of one never stopped."""
         if self.file:
-            with contextlib.suppress(OSError):  # a full disk, or a kind of file that knows no fsync
-                os.fsync(self.file.fileno())
+            self.file.flush()
         return {
             "bad": self.collect(),
             "window": self.window,
@@ -165,143 +228,237 @@ class Log:
             "skipped": self.skipped,
         }
 
-    def report(self, step, gamma, optimizer):
+    # ---- reports ----
+
+    def report(self, step):
+        """Write a row of metrics over the steps since the last report; move the progress line."""
         bad = self.collect()
-        now, rows = time.monotonic(), self.window or [[math.nan] * 5]
-        steps = step - self.reported
-        speed = steps * self.c.batch_size / (now - self.since)
-        objective, mbcl, _, grad_norm, text_length = (
-            sum(column) / len(rows) for column in zip(*rows)
-        )
-        flops = (
-            3 * (self.flops["image"] + self.text_flops * text_length) * speed / dist.world_size()
-        )
-        groups = {g["name"]: g["lr"] for g in optimizer.param_groups}
-        row = {
+        row = self.metrics(step, bad)
+        self.window = []
+        self.data_wait = 0.0
+        self.save_wait = 0.0
+        self.reported_at = time.monotonic()
+        self.reported_step = step
+        self.write(row)
+        if dist.rank() == 0:
+            self.show(row)
+
+    def metrics(self, step, bad):
+        """A row of metrics.jsonl: means over the window, present values of what is scheduled."""
+        t = self.t
+        seconds = time.monotonic() - self.reported_at
+        speed = (step - self.reported_step) * self.config.batch_size / seconds
+
+        # Without a finite step since the last report, the means are not a number.
+        rows = self.window or [[math.nan] * 5]
+        columns = list(zip(*rows))
+        objective, mbcl, _, grad_norm, text_length = (sum(x) / len(rows) for x in columns)
+        tau = columns[2][-1]
+
+        # A backward pass counts as two forward passes.
+        pair_flops = 3 * (self.flops["image"] + self.flops["token"] * text_length)
+        mfu = pair_flops * speed / dist.world_size() / self.peak_flops
+        lr = {group["name"]: group["lr"] for group in t.optimizer.param_groups}
+        return {
             "step": step,
-            "epoch": step / self.order.steps_per_epoch,
-            "samples": step * self.c.batch_size,
+            "epoch": step / t.steps_per_epoch,
+            "samples": step * self.config.batch_size,
             "objective": objective,
             "mbcl": mbcl,
-            "tau": rows[-1][2],
+            "tau": tau,
             "grad_norm": grad_norm,
-            "gamma": gamma,
-            "lr": groups["decay"],
-            "lr_tau": groups.get("tau", 0.0),
+            "gamma": float(self.gamma),
+            "lr": lr["decay"],
+            "lr_tau": lr.get("tau", 0.0),
             "samples_per_second": speed,
-            "mfu": flops / self.peak,
-            "data_wait": self.waited / (now - self.since),
+            "mfu": mfu,
+            "data_wait": self.data_wait / seconds,
             "save_wait": self.save_wait,
             "skipped": self.skipped,
             "bad": bad,
         }
-        self.window, self.waited, self.save_wait, self.since, self.reported = (
-            [],
-            0.0,
-            0.0,
-            now,
-            step,
-        )
-        self.write(row)
-        if self.bar is not None:
-            done = (step - self.start_step) / (now - self.start)
-            line = (
-                f"objective {row['objective']:.4f}  mbcl {row['mbcl']:.3f}  tau {row['tau']:.4f}  gamma {gamma:.2f}  lr {row['lr']:.1e}  "
-                f"{speed:.0f} samples/s ({speed / dist.world_size():.0f} per rank)  mfu {row['mfu']:.0%}  data wait {row['data_wait']:.0%}"
-                + (f"  bad {sum(bad.values())}: {bad}" if bad else "")
-                + (f"  skipped {self.skipped}" if self.skipped else "")
-            )
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(line)
-            if self.bar.disable and (
-                now - self.printed > 10 or self.c.log_steps == 1 or step == self.total_steps
-            ):
-                print(
-                    f"step {step}/{self.total_steps}  {line}  {duration((self.total_steps - step) / done)} left",
-                    flush=True,
-                )
-                self.printed = now
+
+    def show(self, row):
+        """The progress line: on a terminal in place, elsewhere a printed line now and then."""
+        step = row["step"]
+        line = progress_line(row)
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(line)
+
+        now = time.monotonic()
+        is_last = step == self.t.total_steps
+        is_time = now - self.printed_at > PRINT_SECONDS or self.config.log_steps == 1
+        if self.bar.disable and (is_time or is_last):
+            steps_per_second = (step - self.start_step) / (now - self.start)
+            left = duration((self.t.total_steps - step) / steps_per_second)
+            print(f"step {step}/{self.t.total_steps}  {line}  {left} left", flush=True)
+            self.printed_at = now
 
     def evaluation(self, step, results):
-        self.write({"step": step, **{f"eval/{key}": value for key, value in results.items()}})
+        """Note the results of an evaluation, {name: value}."""
+        row = {"step": step}
+        for key, value in results.items():
+            row[f"eval/{key}"] = value
+        self.write(row)
         if dist.rank() == 0:
-            tqdm.write(
-                f"step {step}  " + "  ".join(f"{key} {value:.4g}" for key, value in results.items())
-            )
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in results.items())
+            tqdm.write(f"step {step}  {shown}")
 
     def has_evaluation(self, step):
-        """Is the evaluation after this step in metrics.jsonl? (On rank 0.)"""
-        with open(self.file.name) as f:
-            return any(
-                row["step"] == step and any(key.startswith("eval/") for key in row)
-                for row in map(json.loads, f)
-            )
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Inside, time is neither training nor waiting for data."""
-        start = time.monotonic()
-        yield
-        self.asked = time.monotonic()
-        self.since += self.asked - start
+        """On rank 0: whether the evaluation after this step is in metrics.jsonl."""
+        for row in self.file.read():
+            if row["step"] == step and any(key.startswith("eval/") for key in row):
+                return True
+        return False
 
     def write(self, row):
+        """A row to metrics.jsonl, and its numbers to TensorBoard and W&B."""
         if self.file:
-            known = {
-                k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()
-            }  # JSON has no NaN
-            self.append(json.dumps(known).encode() + b"\n")
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+            self.file.append(row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
         if self.board:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, row["step"])
         if self.wandb:
             self.wandb.log(numbers, step=row["step"])
 
-    def append(self, line):
-        """To metrics.jsonl. A full disk must not end the training: what cannot be written waits for room."""
-        self.unwritten += line
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        except OSError as error:
-            print(
-                f"warning: {self.file.name} cannot be written, {len(self.unwritten)} bytes wait: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+    # ---- the end ----
 
     def left(self, step, reason):
         """The last word of a job that ends before its run does."""
         if dist.rank() == 0:
             self.close()
             print(
-                f"stopped after step {step} of {self.total_steps} ({reason}); it is saved: continue with --resume=auto",
+                f"stopped after step {step} of {self.t.total_steps} ({reason}); it is saved: "
+                "continue with --resume=auto",
                 flush=True,
             )
 
     def finish(self):
-        if dist.rank() == 0:
-            self.close()
-            try:
-                curves = "curves: " + plot(
-                    [self.c.out_dir], os.path.join(self.c.out_dir, "curves.png")
-                )
-            except (
-                Exception
-            ) as error:  # the run is saved: it must not count as failed for want of a picture
-                curves = f"the curves could not be drawn: {type(error).__name__}: {error}"
-            print(f"done in {duration(time.monotonic() - self.start)}; {curves}", flush=True)
+        """The last word of a run, with its curves."""
+        if dist.rank() > 0:
+            return
+        self.close()
+        try:
+            path = os.path.join(self.config.out_dir, "curves.png")
+            curves = "curves: " + plot([self.config.out_dir], path)
+        except Exception as error:
+            # The run is saved: it must not count as failed for want of a picture.
+            curves = f"the curves could not be drawn: {type(error).__name__}: {error}"
+        print(f"done in {duration(time.monotonic() - self.start)}; {curves}", flush=True)
 
     def close(self):
         self.bar.close()
-        self.append(b"")
         self.file.close()
         if self.board:
             self.board.close()
 
 
-def optional(module, package):
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line. A full disk must not end the training: rows wait."""
+
+    def __init__(self, path, step):
+        """Rows after `step` are dropped: a run that continues from there repeats those steps."""
+        self.path = path
+        self.unwritten = b""
+        drop_rows_after(path, step)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+
+    def append(self, row):
+        """Write {key: value}; NaN becomes null, as JSON has none. What finds no room waits."""
+        known = {}
+        for key, value in row.items():
+            is_nan = isinstance(value, float) and math.isnan(value)
+            known[key] = None if is_nan else value
+        self.unwritten += json.dumps(known).encode() + b"\n"
+        self.write_waiting()
+
+    def write_waiting(self):
+        try:
+            while self.unwritten:
+                written = self.file.write(self.unwritten)
+                self.unwritten = self.unwritten[written:]
+        except OSError as error:
+            print(
+                f"warning: {self.path} cannot be written, {len(self.unwritten)} bytes wait: "
+                f"{error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def flush(self):
+        """Down to the disk, unless it is full or the file is of a kind that knows no fsync."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
+
+    def read(self):
+        """Yield the rows that are in the file."""
+        with open(self.path) as f:
+            for line in f:
+                yield json.loads(line)
+
+    def close(self):
+        self.write_waiting()
+        self.file.close()
+
+
+def drop_rows_after(path, step):
+    """Rewrite a metrics file without the rows after `step`, and without what a crash has left."""
+    if not os.path.exists(path):
+        return
+    with open(path, errors="replace") as f:
+        rows = [line for line in f if is_row_until(line, step)]
+    with open(path + ".partial", "w") as f:
+        f.writelines(rows)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".partial", path)
+
+
+def is_row_until(line, step):
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def progress_line(row):
+    """A row of metrics -> the words of the progress line."""
+    speed = row["samples_per_second"]
+    parts = [
+        f"objective {row['objective']:.4f}",
+        f"mbcl {row['mbcl']:.3f}",
+        f"tau {row['tau']:.4f}",
+        f"gamma {row['gamma']:.2f}",
+        f"lr {row['lr']:.1e}",
+        f"{speed:.0f} samples/s ({speed / dist.world_size():.0f} per rank)",
+        f"mfu {row['mfu']:.0%}",
+        f"data wait {row['data_wait']:.0%}",
+    ]
+    if row["bad"]:
+        parts.append(f"bad {sum(row['bad'].values())}: {row['bad']}")
+    if row["skipped"]:
+        parts.append(f"skipped {row['skipped']}")
+    return "  ".join(parts)
+
+
+def describe_ids(rank, ids):
+    """ "on rank 1, sample ids 3, 8, ..." for a message."""
+    shown = ", ".join(map(str, ids[:8]))
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    return f"on rank {rank}, sample ids {shown}{more}"
+
+
+def duration(seconds):
+    """Seconds -> "2 h 05 min" or "3 min 20 s"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s"
+
+
+def import_optional(module, package):
     """Import what only some runs need; ConfigError with the remedy if it is not installed."""
     try:
         return importlib.import_module(module)
@@ -309,28 +466,3 @@ def optional(module, package):
         raise configs.ConfigError(
             f"--{package} needs the package {package}: pip install {package} ({error})"
         ) from error
-
-
-def drop_rows_after(path, step):
-    """A run that is continued from `step` repeats the steps after it: their old rows go."""
-
-    def keep(line):
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # what a crash has left
-            return False
-
-    if os.path.exists(path):
-        with open(path, errors="replace") as f:
-            rows = [line for line in f if keep(line)]
-        with open(path + ".partial", "w") as f:
-            f.writelines(rows)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".partial", path)
-
-
-def duration(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -87,7 +87,7 @@ class Vote:
         )  # on the CPU, by gloo: no GPU is kept waiting
         self.work = dist.all_reduce(self.sums, "agreement")
 
-    def answers(self):
+    def result(self):
         """Finish -> for each question, how many ranks said yes."""
         self.work.wait()
         return self.sums.int().tolist()
