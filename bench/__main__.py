@@ -1,23 +1,30 @@
 """How fast, how large, how much is sent: ours beside open_clip from PyPI, in one run and one table.
 
     python -m bench step --model ViT-B-32 --batch 32
-                                    samples/s, peak memory and MFU of training steps
+        samples/s, peak memory and MFU of training steps
     python -m bench loader [SHARDS] --size 256
-                                    images/s from tar to ready batch, on one core or with --workers=2
-    python -m bench loss            time and peak memory of the loss against b and B
-    python -m bench wire            bytes per step by purpose, counted, for every algorithm
-    python -m bench breakdown       where a step's time goes, on --ranks processes
-    python -m bench plan            a step predicted, checked against a real run, projected over nodes
-    python -m bench all             all of it, for the README: half an hour on two cores; on GPUs at
-                                    their sizes
+        images/s from tar to ready batch, on one core, or with --workers=2
+    python -m bench loss
+        time and peak memory of the loss against b and B
+    python -m bench wire
+        bytes per step by purpose, counted, for every algorithm
+    python -m bench breakdown
+        where a step's time goes, on --ranks processes
+    python -m bench plan
+        the time of a step predicted, checked against a real run, and projected over nodes
+    python -m bench all
+        all of it, for the README: half an hour on two cores; on GPUs at their sizes
 
-How it measures. Each side has a fresh process of its own, in which its memory is measured: on a GPU
-the allocator's peak, on a CPU the most that was resident. The sides take turns, so that whatever else
-the machine does meets both, and `ratio` is the median over the rounds of the ratio within a round.
-Both train in float32 (or --precision) on the same smooth-noise pictures and the same captions, 17
-tokens of 77 at the median, through their own training function. open_clip is given float pixels,
-normalised; ours is given bytes, which its step normalises. MFU is useful work, without padding, over
-the rate of a matrix product that is measured in the same rounds.
+How it measures:
+* Each side has a fresh process of its own, in which its memory is measured: on a GPU the allocator's
+  peak, on a CPU the most that was resident.
+* The sides take turns, so that whatever else the machine does meets both. `ratio` is the median over
+  the rounds of the ratio within a round.
+* Both train in float32 (or --precision) on the same smooth-noise pictures and the same captions, 17
+  tokens of 77 at the median, through their own training function. open_clip is given float pixels,
+  normalised; ours is given bytes, which its step normalises.
+* MFU is useful work, without padding, over the rate of a matrix product that is measured in the same
+  rounds.
 
 Rows are merged into the file --out, and all rows there are drawn into --plot.
 """

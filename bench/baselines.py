@@ -7,7 +7,7 @@ The released code (github.com/Optimization-AI/fast_clip, a fork of open_clip wit
 training step of FastCLIP-v3, from a clone.
 
 Only what drives and counts is ours: an iterable that yields batches from memory, and collectives
-that add up what they send, by the rules of dist.traffic (ring algorithms, bytes that one rank sends).
+that add up what they send by the rules of dist.traffic (ring algorithms, bytes sent by one rank).
 """
 
 import importlib
@@ -88,7 +88,7 @@ def published():
 
 
 def released(folder):
-    """The released code, from a clone. Raises ConfigError if that is none, or cannot be imported."""
+    """The released code. Raises ConfigError if the folder is no clone, or cannot be imported."""
     source = os.path.join(folder, "src")
     if not os.path.isdir(os.path.join(source, "fast_clip")):
         raise ConfigError(
@@ -261,7 +261,7 @@ def create_optimizer(model):
 
 
 def clip_loss(rank, world_size):
-    """open_clip's loss as it recommends it for many ranks: local, with gradients through gathers."""
+    """open_clip's loss, as it recommends it for many ranks."""
     return load().ClipLoss(
         local_loss=True,
         gather_with_grad=True,

@@ -67,7 +67,7 @@ def seconds_per_sample(args):
 
 
 def worker(args, side, embed_dim):
-    """One side's process: asked for (b, B), it yields (seconds, peak bytes) of a call of the loss."""
+    """One side's process: asked for (b, B), yields (seconds, peak bytes) of a call of the loss."""
     device = dist.init(args.device)
     b, B = yield
     while True:

@@ -111,7 +111,7 @@ def rank_worker(args):
 
     trainer = ours.Trainer(args, cycle(batches), args.algorithm, grad_wire=args.grad_wire)
     step_seconds = median_seconds(lambda: trainer.run(1), device, args.rounds)
-    buckets = len(trainer.reducer.buckets)
+    buckets = len(trainer.t.reducer.buckets)
 
     # torch's own barrier: dist.barrier, too, will believe that this rank is alone.
     harness.act_alone(1)
