@@ -16,15 +16,15 @@
         all of it, for the README: half an hour on two cores; on GPUs at their sizes
 
 How it measures:
-* Each side has a fresh process of its own, in which its memory is measured: on a GPU the allocator's
-  peak, on a CPU the most that was resident.
-* The sides take turns, so that whatever else the machine does meets both. `ratio` is the median over
-  the rounds of the ratio within a round.
+* Each side has a fresh process of its own, in which its memory is measured: on a GPU the
+  allocator's peak, on a CPU the most that was resident.
+* The sides take turns, so that whatever else the machine does meets both. `ratio` is the median
+  over the rounds of the ratio within a round.
 * Both train in float32 (or --precision) on the same smooth-noise pictures and the same captions, 17
   tokens of 77 at the median, through their own training function. open_clip is given float pixels,
   normalised; ours is given bytes, which its step normalises.
-* MFU is useful work, without padding, over the rate of a matrix product that is measured in the same
-  rounds.
+* MFU is useful work, without padding, over the rate of a matrix product that is measured in the
+  same rounds.
 
 Rows are merged into the file --out, and all rows there are drawn into --plot.
 """

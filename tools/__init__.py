@@ -1,0 +1,6 @@
+"""What users run beside training: `python -m tools.NAME`.
+
+    prepare    build a small real data set, such as the emoji set of `make quickstart`
+
+Not here: the method. Nothing in the project imports this folder, except its tests.
+"""
