@@ -246,9 +246,9 @@ def write_shards(
 ) -> None:
     """Write samples {png, caption, source, name, license[, cls]} as tar shards with their counts.
 
-    00000.tar, 00000_stats.json, and so on. Shuffled first, so that each shard is a fair mixture. The
-    same samples give the same bytes: no clock, no user name. Raises OSError if the folder cannot be
-    written.
+    00000.tar, 00000_stats.json, and so on. Shuffled first, so that each shard is a fair mixture.
+    The same samples give the same bytes: no clock, no user name. Raises OSError if the folder
+    cannot be written.
     """
     # Imported late: it imports torch, seconds that --help and the rendering processes do without.
     from webdataset import TarWriter
