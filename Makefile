@@ -1,13 +1,17 @@
 # make quickstart   from nothing to a trained CLIP on the emoji set, its curves and pictures
-# make test         the test suite
-# make soak         the slow tests: 50 kills, thousands of steps watched for leaks, how long saving takes; 40 minutes
-# Both make .venv and install into it if need be, and may be run again cheaply.
+# make check        what to run after an edit: lint, and the tests of the files at the top level
+# make test         the whole test suite
+# make lint         ruff: style and likely bugs
+# make soak         the slow tests: 50 kills, thousands of steps watched for leaks, how long saving
+#                   takes; 40 minutes
+# Each makes .venv and installs into it what is missing. Run again, it installs nothing.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test soak clean
+.PHONY: quickstart check test lint soak clean
 
 quickstart: .venv/data
 	$(RUN) -m tools.prepare emoji
@@ -15,8 +19,17 @@ quickstart: .venv/data
 	$(RUN) eval.py runs/quickstart
 	@echo "  curves: runs/quickstart/curves.png"
 
+check: lint .venv/data
+	$(PYTEST) -m "not slow" tests/test_config.py tests/test_dist.py tests/test_loss.py \
+	    tests/test_model.py tests/test_optim.py tests/test_data.py tests/test_eval.py \
+	    tests/test_train.py
+
 test: .venv/data .venv/test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal tests
+	$(PYTEST) tests
+
+lint: .venv/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 soak: .venv/data .venv/test
 	$(RUN) -m tools.prepare emoji

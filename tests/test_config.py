@@ -1,7 +1,5 @@
 """config.py: types, nearest names, files that start from another, and every config in configs/."""
 
-import ast
-import glob
 import os
 
 import pytest
@@ -9,6 +7,7 @@ import pytest
 import config
 from config import ConfigError
 from conftest import ROOT
+from tools.imports import dot, import_graph, without_shortcuts
 
 PAPER = [
     f"{d}_{a}"
@@ -130,54 +129,27 @@ LAYERS = [  # from the bottom; a name without a dot stands for all files of a fo
 # fmt: on
 
 
-def modules():
-    """-> {dotted name: path} of the project's own modules."""
-    paths = [
-        *glob.glob("*.py", root_dir=ROOT),
-        *glob.glob("[birt]*/*.py", root_dir=ROOT),
-    ]
-    return {
-        path.removesuffix(".py").replace("/", "."): os.path.join(ROOT, path)
-        for path in paths
-        if path.split("/")[0] in ("bench", "ingest", "runtime", "tools") or "/" not in path
-    }
-
-
 def layer(name):
-    """The number of the layer of a module, from the bottom; None for other people's packages."""
+    """The number of a module's layer, from the bottom."""
     for number, names in enumerate(LAYERS):
         if name in names or name.split(".")[0] in names:
             return number
-    return None
-
-
-def imported_names(path):
-    """Every module that a file imports, wherever in it, as dotted names."""
-    with open(path) as f:
-        tree = ast.parse(f.read())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                yield f"{node.module}.{alias.name}"
+    raise AssertionError(f"{name} is in no layer: add it to LAYERS")
 
 
 def test_imports_only_go_down():
-    """A module may import only modules of lower layers; bench and tools also their own files."""
-    for name, path in modules().items():
-        if name.endswith("__init__"):
-            continue
-        own = layer(name)
-        assert own is not None, f"{name} is in no layer: add it to LAYERS"
-        for imported in imported_names(path):
-            other = (
-                layer(imported)
-                if layer(imported) is not None
-                else layer(imported.rpartition(".")[0])
-            )
-            same_package = name.split(".")[0] == imported.split(".")[0] and name.startswith(
-                ("bench", "tools")
-            )
-            assert other is None or other < own or same_package, f"{name} imports {imported}"
+    """A module imports modules of lower layers only; bench/ and tools/ also their own files."""
+    for name, imported in import_graph().items():
+        folder = name.split(".")[0]
+        for other in imported:
+            same_folder = folder in ("bench", "tools") and other.startswith(folder + ".")
+            assert same_folder or layer(other) < layer(name), f"{name} imports {other}"
+
+
+def test_the_drawing_of_imports_is_the_present_one():
+    with open(os.path.join(ROOT, "docs", "imports.dot")) as f:
+        drawn = f.read()
+    assert drawn == dot(without_shortcuts(import_graph())) + "\n", (
+        "run: python -m tools.imports > docs/imports.dot && "
+        "dot -Tsvg docs/imports.dot -o docs/imports.svg"
+    )
