@@ -20,22 +20,22 @@ def run(args):
     embed_dim = harness.model_shape(args).embed_dim
     sides = ("ours", f"ours, loss_tile={args.tile}", "open_clip")
     workers = {side: harness.Worker(worker, args, side, embed_dim) for side in sides}
-    turns = harness.take_turns(workers, sizes * args.rounds, "loss")
+    requests = sizes * args.rounds
+    turns = harness.take_turns(workers, requests, "loss")
     sample_seconds = seconds_per_sample(args)
 
     rows = []
     for number, (b, B) in enumerate(sizes):
         for side in sides:
-            of_size = turns[side][number :: len(sizes)]
-            row = report.row(
-                "loss",
-                side,
-                dict(b=b, B=B, d=embed_dim, precision=args.precision),
-                "ms",
-                [1000 * seconds for seconds, _ in of_size],
-                gathered_bytes=2 * B * embed_dim * 4,
-                peak_bytes=statistics.median(peak for _, peak in of_size),
-            )
+            # Every round measured each size once.
+            rounds = turns[side][number :: len(sizes)]
+            milliseconds = [1000 * seconds for seconds, _ in rounds]
+            peaks = [peak_bytes for _, peak_bytes in rounds]
+
+            settings = dict(b=b, B=B, d=embed_dim, precision=args.precision)
+            row = report.row("loss", side, settings, "ms", milliseconds)
+            row["gathered_bytes"] = 2 * B * embed_dim * 4
+            row["peak_bytes"] = statistics.median(peaks)
             if number == 0:
                 row["share_of_step"] = row["median"] / 1000 / (sample_seconds * b)
                 row["step"] = f"{args.model}, {b} samples as fast as {step_args(args).batch}"
@@ -55,7 +55,8 @@ def sizes_of(b, B):
 def step_args(args):
     """The arguments of the training step that the loss is compared with."""
     on_gpu = harness.device_of(args).type == "cuda"
-    return harness.changed(args, batch=args.step_batch or (args.batch if on_gpu else 8))
+    default = args.batch if on_gpu else 8
+    return harness.changed(args, batch=args.step_batch or default)
 
 
 def seconds_per_sample(args):
@@ -73,7 +74,9 @@ def worker(args, side, embed_dim):
     while True:
         harness.act_alone(B // b)
         call = make_call(args, side, b, B, embed_dim, device)
-        b, B = yield measure.seconds_of(call, device), measure.peak_of(call, device)
+        seconds = measure.seconds_of(call, device)
+        peak_bytes = measure.peak_of(call, device)
+        b, B = yield seconds, peak_bytes
 
 
 def make_call(args, side, b, B, embed_dim, device):

@@ -6,7 +6,7 @@ import config as configs
 import dist
 import train
 from bench import harness
-from loss import ALGORITHMS
+from loss import get_algorithm, state_columns
 
 # No schedule ends while something is measured.
 STEPS_PER_EPOCH = 1000
@@ -67,10 +67,6 @@ class Trainer:
         self.t.reducer.parameters.clear()
 
 
-def state_columns(algorithm):
-    """How many float32 numbers per sample an algorithm keeps, and so sends in a step."""
-    kind = ALGORITHMS[algorithm]
-    columns = 2 if kind.state else 0
-    if kind.tau == "sample":
-        columns += 7
-    return columns
+def columns_per_sample(algorithm):
+    """How many float32 numbers the algorithm of that name keeps per sample, and sends in a step."""
+    return len(state_columns(get_algorithm(algorithm)))

@@ -83,9 +83,13 @@ def bytes_sent(axis, rows):
     purposes = distinct(chain.from_iterable(row["at_8_ranks"] for row in rows))
     purposes = [purpose for purpose in purposes if purpose != "batch"]
     for number, purpose in enumerate(purposes):
-        senders = [y for y, row in enumerate(rows) if row["at_8_ranks"].get(purpose)]
-        megabytes = [rows[y]["at_8_ranks"][purpose] / 1e6 for y in senders]
-        axis.scatter(megabytes, senders, s=60, color=f"C{number}", label=purpose)
+        megabytes = []
+        lines = []
+        for line, row in enumerate(rows):
+            if row["at_8_ranks"].get(purpose):
+                megabytes.append(row["at_8_ranks"][purpose] / 1e6)
+                lines.append(line)
+        axis.scatter(megabytes, lines, s=60, color=f"C{number}", label=purpose)
 
     batch = rows[0]["at_8_ranks"]["batch"] if rows else 0
     title = f"sent in a step by one of 8 ranks, {batch} pairs each"
@@ -120,23 +124,24 @@ def step_parts(axis, rows):
 
 def projection(axis, rows):
     """Efficiency over the number of nodes: a colour for each side, a style for each link."""
+    sides = distinct(row["side"] for row in rows)
     links = sorted(distinct(row["settings"]["gbit"] for row in rows))
-    for number, side in enumerate(distinct(row["side"] for row in rows)):
+    for number, side in enumerate(sides):
         for link, style in zip(links, LINK_STYLES):
-            points = [r for r in rows if r["side"] == side and r["settings"]["gbit"] == link]
-            axis.plot(
-                [row["nodes"] for row in points],
-                [row["efficiency"] for row in points],
-                style,
-                color=f"C{number}",
-                label=f"{side}, {link} Gbit/s",
-            )
+            nodes = []
+            efficiency = []
+            for row in rows:
+                if row["side"] == side and row["settings"]["gbit"] == link:
+                    nodes.append(row["nodes"])
+                    efficiency.append(row["efficiency"])
+            label = f"{side}, {link} Gbit/s"
+            axis.plot(nodes, efficiency, style, color=f"C{number}", label=label)
 
     B = rows[0]["settings"]["B"] if rows else 0
     title = f"projected share of computing, B = {B:,}"
     axis.set(title=title, xlabel="nodes of 8 GPUs", xscale="log", ylim=(0, 1.02))
-    nodes = [1, 2, 4, 8, 16, 32, 64]
-    axis.set_xticks(nodes, nodes)
+    ticks = [1, 2, 4, 8, 16, 32, 64]
+    axis.set_xticks(ticks, ticks)
     legend(axis)
 
 
@@ -156,27 +161,35 @@ def legend(axis, location="best", columns=1):
 def grouped_bars(axis, rows, group_of, values):
     """Groups of bars, in each one of every side; group_of(row) is a group's label.
 
-    Returns [(matplotlib's bars of a side, their rows)].
+    Returns {side: (its bars, their rows)}.
     """
     groups = distinct(group_of(row) for row in rows)
     sides = distinct(row["side"] for row in rows)
     width = BAR_WIDTH / max(1, len(sides))
-    drawn = []
+    drawn = {}
     for number, side in enumerate(sides):
         offset = (number - (len(sides) - 1) / 2) * width
-        of_side = [(row, value) for row, value in zip(rows, values) if row["side"] == side]
-        positions = [groups.index(group_of(row)) + offset for row, _ in of_side]
-        bars = axis.bar(positions, [value for _, value in of_side], width, label=side)
-        drawn.append((bars, [row for row, _ in of_side]))
+        side_rows = []
+        positions = []
+        heights = []
+        for row, value in zip(rows, values):
+            if row["side"] == side:
+                side_rows.append(row)
+                positions.append(groups.index(group_of(row)) + offset)
+                heights.append(value)
+        bars = axis.bar(positions, heights, width, label=side)
+        drawn[side] = bars, side_rows
+
     axis.set_xticks(range(len(groups)), groups, fontsize=SMALL)
     return drawn
 
 
 def label_ratios(axis, drawn):
     """Write the ratio to open_clip above each of our bars."""
-    for bars, rows in drawn:
-        if rows[0]["side"].startswith("ours"):
-            axis.bar_label(bars, [f"{row['ratio']:.2f}x" for row in rows], fontsize=SMALL)
+    for side, (bars, rows) in drawn.items():
+        if side.startswith("ours"):
+            ratios = [f"{row['ratio']:.2f}x" for row in rows]
+            axis.bar_label(bars, ratios, fontsize=SMALL)
 
 
 def step_group(row):
@@ -189,9 +202,9 @@ def step_group(row):
 
 def loader_group(row):
     settings = row["settings"]
-    kind, _, size = settings["source"].partition(" ")
-    workers = f"{settings['workers']} workers" if settings["workers"] else "one core"
-    return "\n".join(line for line in (kind, size, workers) if line)
+    lines = settings["source"].split(" ", 1)
+    lines.append(f"{settings['workers']} workers" if settings["workers"] else "one core")
+    return "\n".join(lines)
 
 
 def side_and_wire(row):
@@ -200,17 +213,21 @@ def side_and_wire(row):
 
 def usual_b(rows):
     """The b of most rows of the loss: of those that differ in B alone."""
-    return statistics.mode([row["settings"]["b"] for row in rows]) if rows else 0
+    if not rows:
+        return 0
+    return statistics.mode([row["settings"]["b"] for row in rows])
 
 
 def lines_over_global_batch(axis, rows, values):
     """A line for each side, of the rows with the usual b."""
-    b = usual_b(rows)
+    usual = usual_b(rows)
     for side in distinct(row["side"] for row in rows):
         points = []
         for row, value in zip(rows, values):
-            if row["side"] == side and row["settings"]["b"] == b:
+            if row["side"] == side and row["settings"]["b"] == usual:
                 points.append((row["settings"]["B"], value))
         points.sort()
-        axis.plot([B for B, _ in points], [y for _, y in points], marker="o", label=side)
+        x = [B for B, _ in points]
+        y = [value for _, value in points]
+        axis.plot(x, y, marker="o", label=side)
     axis.set(xlabel="global batch B", ylim=(0, None))

@@ -95,7 +95,7 @@ def check(args, num_ranks):
 def our_traffic(algorithm, grad_wire, shape, global_batch, num_ranks):
     """The bytes that one of our ranks sends in a step, by purpose."""
     gradient_bytes = shape.parameters * (2 if grad_wire == "bf16" else 4)
-    columns = ours.state_columns(algorithm)
+    columns = ours.columns_per_sample(algorithm)
     parts = plan.traffic(global_batch, shape.embed_dim, columns, gradient_bytes)
     return {purpose: count(num_ranks) for purpose, count in parts.items()}
 

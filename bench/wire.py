@@ -65,7 +65,7 @@ def formula(side, grad_wire, shape, buffer_bytes, num_ranks, batch_size):
     else:
         # Every rank computes the gradient of the temperature, one parameter, itself.
         gradient_bytes = (shape.parameters - 1) * (2 if grad_wire == "bf16" else 4)
-        columns = ours.state_columns(side)
+        columns = ours.columns_per_sample(side)
         parts = plan.traffic(batch_size * num_ranks, shape.embed_dim, columns, gradient_bytes)
 
     sent = {purpose: count(num_ranks) for purpose, count in parts.items()}
