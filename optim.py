@@ -245,31 +245,3 @@ def finish_tau_step(logit_scale, before, config):
         a_third = before + (logit_scale - before) / 3
         logit_scale.copy_(torch.where(is_small, a_third, logit_scale))
     logit_scale.clamp_(-math.log(TAU_MAX), -math.log(TAU_MIN))
-
-
-def set_schedules(t, step):
-    set_lr(t.optimizer, t.config, step, t.total_steps)
-    return gamma(t.config, step, t.steps_per_epoch, t.total_steps), lr_tau(t.config, step, t.total_steps)
-
-
-def save_buffers(t):
-    return [b.clone() for b in t.model.buffers()] if t.may_skip else None
-
-
-def update(t, out, buffers):
-    t.scaler.unscale_(t.optimizer)
-    parameters = [p for p in t.model.parameters() if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if t.config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, t.config.grad_clip, grad_norm)
-    if buffers is not None and not torch.isfinite(grad_norm + out.objective):
-        for b, before in zip(t.model.buffers(), buffers):
-            b.copy_(before)
-        t.scaler.update()
-        return grad_norm
-    log_scale = t.model.logit_scale.detach().clone()
-    t.scaler.step(t.optimizer)
-    t.scaler.update()
-    if out.grad_logit_scale is not None:
-        finish_tau_step(t.model.logit_scale, log_scale, t.config)
-    return grad_norm

@@ -1,10 +1,13 @@
-"""The training step of a GPU, where there is none: on fake CUDA tensors, which have shapes, dtypes and a device, but no data.
+"""The training step on a GPU, tested without one: on fake CUDA tensors.
 
-They refuse whatever a GPU would refuse of those, such as an operand on the wrong device, and whatever the host would have to wait for the
-GPU for. Only the backward pass cannot run so: in its place, every gradient is checked to fit its feature, and parameters get zeros.
+Fake tensors have a shape, a dtype and a device, but no data. They raise an error where a GPU would
+refuse these, such as for an operand on the wrong device, and where the host would have to wait for
+the GPU. Only the backward pass cannot run on them: in its place, each gradient is checked to fit
+its feature, and parameters get gradients of zero.
 """
 
-from contextlib import ExitStack
+import contextlib
+import functools
 from unittest import mock
 
 import pytest
@@ -18,83 +21,121 @@ import loss
 import model as models
 import optim
 import train
+from helpers import words_of
 from runtime import hardware
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    TORCH < (2, 11),
     reason="in old torch (seen in 2.6, not in 2.11) fake CUDA tensors need a driver to be filled",
 )
-BATCH, LENGTH, TOKENS = 8, 24, 8 * 12
+
+DEVICE = torch.device("cuda", 0)
+BATCH = 8
+LENGTH = 24  # tokens of a padded caption
+CAPTION = 12  # tokens of each caption
 
 
-def step_on_a_fake_gpu(name="ViT-B-32", **settings):
-    """One train_step of 8 pairs -> how often varlen_attn was called."""
-    device = torch.device("cuda", 0)
-    numbers = dict(vision_layers=(1, 1, 1, 1)) if name == "RN50" else dict(vision_layers=2)
-    c = config.load(
-        [
-            "--train_data=x",
-            f"--model={name}",
-            f"--batch_size={BATCH}",
-            *(f"--{key}={value}" for key, value in settings.items()),
-        ]
-    )
-    varlen = mock.Mock(wraps=getattr(models, "varlen_attn", None))
+def fake_pack(lengths, longest, device):
+    """token_index of the right length. The true one is computed from data, on the host."""
+    return torch.zeros(CAPTION * len(lengths), dtype=torch.int64, device=device)
 
-    def backward(features, gradients):
-        features, gradients = (
-            [x] if isinstance(x, torch.Tensor) else x for x in (features, gradients)
-        )
-        assert [(x.shape, x.dtype, x.device) for x in features] == [
-            (x.shape, x.dtype, x.device) for x in gradients
-        ]
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p is not model.logit_scale else None
 
-    with FakeTensorMode(), ExitStack() as patches:
-        for target, attribute, stand_in in (
-            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-            (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-            (torch.cuda, "is_bf16_supported", lambda *_: True),
-            (torch.autograd, "backward", backward),
-            (models, "varlen_attn", varlen),
-            (
-                models,
-                "pack",
-                lambda lengths, longest, device: torch.zeros(
-                    TOKENS * len(lengths) // BATCH, dtype=torch.int64, device=device
-                ),
-            ),
-        ):
-            patches.enter_context(mock.patch.object(target, attribute, stand_in, create=True))
-        with device:  # a module on the CPU cannot be moved to a fake device
-            model = models.create(name, text_layers=3, **numbers)
-        optimizer, dtype = optim.create(model, c), hardware.precision(c.precision, device)
-        criterion = loss.ContrastiveLoss(
-            c.algorithm, 100, c.equations, c.rho, c.eps_u, c.tau_init, device, tile=c.loss_tile
-        )
-        batch = data.Batch(
-            torch.zeros(BATCH, 3, 224, 224, dtype=torch.uint8, device=device),
-            torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=device),
-            torch.full((BATCH,), TOKENS // BATCH),
-            torch.zeros(BATCH, dtype=torch.int64, device=device),
-            {},
-        )
-        out, grad_norm = train.train_step(
-            batch,
-            model,
-            criterion,
-            optimizer,
-            dist.GradReducer([p for p in model.parameters() if p is not model.logit_scale]),
-            torch.amp.GradScaler("cuda", enabled=dtype == torch.float16),
-            hardware.autocast(dtype, device),
-            c,
-            0,
-            10,
+def fake_backward(model, features, gradients):
+    """Check that each gradient fits its feature; give parameters gradients of zero."""
+    if isinstance(features, torch.Tensor):
+        features = [features]
+        gradients = [gradients]
+
+    assert len(features) == len(gradients)
+    for feature, gradient in zip(features, gradients):
+        assert feature.shape == gradient.shape
+        assert feature.dtype == gradient.dtype
+        assert feature.device == gradient.device
+
+    for p in model.parameters():
+        p.grad = None if p is model.logit_scale else torch.zeros_like(p)
+
+
+@contextlib.contextmanager
+def fake_gpu():
+    """Inside, tensors are fake and torch finds an H100. Yields varlen_attn, counting its calls."""
+    varlen_attn = mock.Mock(wraps=getattr(models, "varlen_attn", None))
+    stand_ins = [
+        (torch.cuda.amp.common, "amp_definitely_not_available", mock.Mock(return_value=False)),
+        (torch.cuda, "get_device_capability", mock.Mock(return_value=(9, 0))),
+        (torch.cuda, "is_bf16_supported", mock.Mock(return_value=True)),
+        (models, "varlen_attn", varlen_attn),
+        (models, "pack", fake_pack),
+    ]
+    with FakeTensorMode(), contextlib.ExitStack() as patches:
+        for module, name, stand_in in stand_ins:
+            patches.enter_context(mock.patch.object(module, name, stand_in, create=True))
+        yield varlen_attn
+
+
+def build(c):
+    """The parts that train_step needs, as keyword arguments."""
+    vision_layers = (1, 1, 1, 1) if c.model == "RN50" else 2
+
+    # Made on the device, since a module cannot be moved from the CPU to a fake device.
+    with DEVICE:
+        model = models.create(c.model, text_layers=3, vision_layers=vision_layers)
+
+    dtype = hardware.precision(c.precision, DEVICE)
+    weights = [p for p in model.parameters() if p is not model.logit_scale]
+    return dict(
+        model=model,
+        loss=loss.ContrastiveLoss(
+            c.algorithm,
             100,
-        )
-        assert {x.device for x in (out.objective, grad_norm, *model.parameters())} == {device}
-    return varlen.call_count
+            c.equations,
+            c.rho,
+            c.eps_u,
+            c.tau_init,
+            DEVICE,
+            tile=c.loss_tile,
+        ),
+        optimizer=optim.create(model, c),
+        reducer=dist.GradReducer(weights),
+        scaler=torch.amp.GradScaler("cuda", enabled=dtype == torch.float16),
+        autocast=hardware.autocast(dtype, DEVICE),
+    )
+
+
+def fake_batch():
+    return data.Batch(
+        images=torch.zeros(BATCH, 3, 224, 224, dtype=torch.uint8, device=DEVICE),
+        tokens=torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=DEVICE),
+        lengths=torch.full((BATCH,), CAPTION),
+        ids=torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
+        bad={},
+    )
+
+
+def step_on_a_fake_gpu(model="ViT-B-32", **settings):
+    """One train_step -> how often varlen_attn was called."""
+    words = words_of(train_data="x", model=model, batch_size=BATCH, **settings)
+    c = config.load(words)
+
+    with fake_gpu() as varlen_attn:
+        parts = build(c)
+        backward = functools.partial(fake_backward, parts["model"])
+        with mock.patch.object(torch.autograd, "backward", backward):
+            out, grad_norm = train.train_step(
+                fake_batch(),
+                **parts,
+                c=c,
+                step=0,
+                steps_per_epoch=10,
+                total_steps=100,
+            )
+
+        assert out.objective.device == DEVICE
+        assert grad_norm.device == DEVICE
+        for p in parts["model"].parameters():
+            assert p.device == DEVICE
+    return varlen_attn.call_count
 
 
 @pytest.mark.parametrize(
@@ -103,8 +144,8 @@ def step_on_a_fake_gpu(name="ViT-B-32", **settings):
         {},
         dict(precision="bf16"),
         dict(precision="fp32"),
-        dict(name="RN50"),
-        dict(name="ViT-B-16", grad_checkpointing=True),
+        dict(model="RN50"),
+        dict(model="ViT-B-16", grad_checkpointing=True),
         dict(micro_batch=2),
         dict(grad_clip=1.0),
         dict(loss_tile=4),
@@ -114,12 +155,18 @@ def step_on_a_fake_gpu(name="ViT-B-32", **settings):
     ],
     ids=str,
 )
-def test_a_step_needs_nothing_that_a_gpu_would_refuse_or_the_host_would_wait_for(settings):
-    layers = 2  # of the three: the last one answers one query
-    passes = 2 * BATCH // settings["micro_batch"] if "micro_batch" in settings else 1
-    assert step_on_a_fake_gpu(**settings) == (
-        layers * passes if models.VARLEN and settings.get("precision") != "fp32" else 0
-    )
+def test_a_step_does_nothing_that_a_gpu_would_refuse_or_the_host_would_wait_for(settings):
+    calls = step_on_a_fake_gpu(**settings)
+    if not models.VARLEN or settings.get("precision") == "fp32":
+        assert calls == 0
+        return
+
+    # With micro-batches, each is computed twice: without gradients, then with them.
+    micro_batch = settings.get("micro_batch")
+    passes = 2 * BATCH // micro_batch if micro_batch else 1
+
+    # In two of the three text layers: the last one has one query per caption.
+    assert calls == 2 * passes
 
 
 @pytest.mark.parametrize("settings", [dict(precision="fp16"), dict(skip_nonfinite=True)], ids=str)

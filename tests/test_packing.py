@@ -1,4 +1,4 @@
-"""Packed captions: features and gradients are those of padded ones, in whatever batch; graphs are compiled once for all sizes."""
+"""Packed captions have the features and gradients of padded ones, and compile only once."""
 
 import copy
 import functools
@@ -19,271 +19,364 @@ from config import Config
 from loss import ContrastiveLoss
 from runtime import hardware
 
+# Lengths of the captions of a batch, for tiny models: at most 20 tokens.
 LENGTHS = {
-    "all": list(range(2, 21)),
-    "one": [7],
+    "all lengths": list(range(2, 21)),
+    "single": [7],
     "equal": [9] * 6,
-    "one full": [20],
+    "single full": [20],
     "all full": [20] * 3,
-    "short": [2] * 5,
-    "tail": [3, 20, 5, 2, 2],
-    "little room": [20, 20, 20, 6],
+    "all short": [2] * 5,
+    "one long": [3, 20, 5, 2, 2],
+    "little padding": [20, 20, 20, 6],
 }
 
 
-def packed(lengths, trim=True, context_length=20, vocab_size=1000):
-    """-> tokens (b, L), token_index (T,)."""
+def packed_captions(lengths, trim=True, context_length=20, vocab_size=1000):
+    """-> tokens (b, L), token_index (T,).
+
+    L is the length of the longest caption or, with trim=False, the context length.
+    """
     lengths = torch.tensor(lengths)
     longest = int(lengths.max()) if trim else context_length
-    return captions(lengths, context_length, vocab_size)[:, :longest], models.pack(lengths, longest)
+    tokens = captions(lengths, context_length, vocab_size)[:, :longest]
+    return tokens, models.pack(lengths, longest)
 
 
 def gradients(model, *args):
-    """Features, and the gradients of a function of them that treats no two numbers alike."""
+    """-> {name: tensor}: features of encode_text(*args), and gradients of a function of them.
+
+    The function weighs all numbers differently, so that features that are swapped change gradients.
+    """
     model.zero_grad(set_to_none=True)
     features = model.encode_text(*args)
-    (
-        features
-        * torch.linspace(-1, 2, features.numel(), dtype=features.dtype).view_as(features).sin()
-    ).sum().backward()
-    return {
-        "features": features.detach(),
-        **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
-    }
+    weights = torch.linspace(-1, 2, features.numel(), dtype=features.dtype).sin()
+    (features * weights.view_as(features)).sum().backward()
+
+    found = {"features": features.detach()}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            found[name] = p.grad.clone()
+    return found
 
 
 def assert_same(a, b, atol, rtol=0.0):
-    assert a.keys() == b.keys() and len(a) > 20
+    """Two dicts of tensors, as `gradients` returns them, are close."""
+    assert a.keys() == b.keys()
+    assert len(a) > 20
     for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}"
-        )
+        try:
+            torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+# ---- What is packed ----
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_pack(name):
+def test_pack_keeps_whole_captions_and_rounds_up_to_a_multiple_of_the_batch(name):
     lengths = torch.tensor(LENGTHS[name])
     b = len(lengths)
+
     for longest in range(int(lengths.max()), 22):
         token_index = models.pack(lengths, longest)
-        rows, places = token_index // longest, token_index % longest
+        rows = token_index // longest
+        positions = token_index % longest
         kept = torch.bincount(rows, minlength=b)
-        assert (
-            (token_index.diff() > 0).all() and (kept >= lengths).all() and (kept <= longest).all()
-        )
-        assert torch.equal(
-            places, torch.cat([torch.arange(k) for k in kept])
-        )  # each caption from its start on
-        assert (
-            len(token_index) % b == 0 and len(token_index) - lengths.sum() < b
-        )  # half a token each is the mean waste
+
+        assert (token_index.diff() > 0).all()
+        assert (kept >= lengths).all()
+        assert (kept <= longest).all()
+
+        # Each caption is kept from its first token on.
+        assert torch.equal(positions, torch.cat([torch.arange(count) for count in kept]))
+
+        # Less than one token of padding per caption is computed: half a token in the mean.
+        assert len(token_index) % b == 0
+        assert len(token_index) - lengths.sum() < b
+
+
+def test_the_example_in_model_py():
+    """Two captions of 3 and 5 tokens, padded to 6."""
+    lengths = torch.tensor([3, 5])
+    tokens = captions(lengths, 6, 1000)
+    token_index = models.pack(lengths, 6)
+    packing = models.make_packing(tokens, token_index, varlen=True)
+
+    assert token_index.tolist() == [0, 1, 2, 6, 7, 8, 9, 10]
+    assert packing.ends.tolist() == [2, 7]
+    assert packing.starts.tolist() == [0, 3, 8]
+    assert packing.end_mask.shape == (2, 1, 1, 6)
+    assert packing.end_mask.flatten(1).int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
+
+    x = torch.randn(8, 4)
+    padded = packing.pad(x)
+    assert padded.shape == (2, 6, 4)
+    assert not padded[0, 3:].any()
+    assert not padded[1, 5:].any()
+    assert torch.equal(packing.unpad(padded), x)
+
+
+# ---- Features and gradients ----
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize("trim", [True, False])
 def test_features_and_gradients_are_those_of_padded_captions(name, trim):
     model = tiny("vit").double()
-    tokens, token_index = packed(LENGTHS[name], trim)
-    full = F.pad(tokens, (0, 20 - tokens.shape[1]))
-    assert_same(gradients(model, tokens, token_index), gradients(model, full), atol=1e-10)
+    tokens, token_index = packed_captions(LENGTHS[name], trim)
+    padded = F.pad(tokens, (0, 20 - tokens.shape[1]))
+
+    packed = gradients(model, tokens, token_index)
+    assert_same(packed, gradients(model, padded), atol=1e-10)
+
     model.float()
-    assert_same(gradients(model, tokens, token_index), gradients(model, full), atol=2e-5, rtol=1e-4)
+    packed = gradients(model, tokens, token_index)
+    assert_same(packed, gradients(model, padded), atol=2e-5, rtol=1e-4)
 
 
-def test_padding_does_not_matter():
-    """Neither what is in the padding that fills T up, nor in the rest of it; and nothing of it has a gradient."""
+def test_padding_does_not_matter_and_gets_no_gradient():
+    """Neither the padding that rounds T up, nor the rest of it."""
     model = tiny("vit").double()
-    tokens, token_index = packed([3, 20, 5, 2, 2])
-    assert len(token_index) == 35 and len(token_index) > 32  # three places of padding are computed
-    before = gradients(model, tokens, token_index)
-    places = torch.arange(20) >= torch.tensor([3, 20, 5, 2, 2])[:, None]
-    after = gradients(model, tokens.masked_fill(places, 777), token_index)
-    assert_same(before, after, atol=1e-12)
-    assert (
-        after["token_embedding.weight"][777].abs().max()
-        == 0
-        == before["token_embedding.weight"][0].abs().max()
-    )
+    lengths = LENGTHS["one long"]
+    tokens, token_index = packed_captions(lengths)
+
+    # Three positions of padding are computed.
+    assert sum(lengths) == 32
+    assert len(token_index) == 35
+
+    is_padding = torch.arange(20) >= torch.tensor(lengths)[:, None]
+    zeros = gradients(model, tokens, token_index)
+    others = gradients(model, tokens.masked_fill(is_padding, 777), token_index)
+
+    assert_same(zeros, others, atol=1e-12)
+    assert zeros["token_embedding.weight"][0].abs().max() == 0
+    assert others["token_embedding.weight"][777].abs().max() == 0
 
 
-def test_bfloat16():
+def test_bfloat16_features_are_close_and_gradients_finite():
     model = tiny("vit")
-    tokens, token_index = packed(LENGTHS["all"])
+    tokens, token_index = packed_captions(LENGTHS["all lengths"])
     exact = model.encode_text(tokens)
+
     with torch.autocast("cpu", torch.bfloat16):
-        low = model.encode_text(tokens, token_index)
-        assert model.encode_text(tokens, token_index, normalize=False).dtype == torch.bfloat16
-    assert low.dtype == torch.float32 and F.cosine_similarity(low, exact).min() > 0.99
-    low.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        features = model.encode_text(tokens, token_index)
+        unscaled = model.encode_text(tokens, token_index, normalize=False)
+    assert unscaled.dtype == torch.bfloat16
+    assert features.dtype == torch.float32
+    assert F.cosine_similarity(features, exact).min() > 0.99
+
+    features.sum().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert p.grad.isfinite().all(), name
 
 
-def test_checkpointing():
+def test_checkpointing_changes_no_gradient_of_packed_captions():
     model = tiny("vit").double()
-    args = packed(LENGTHS["tail"])
+    args = packed_captions(LENGTHS["one long"])
     plain = gradients(model, *args)
+
     model.set_grad_checkpointing()
     assert_same(gradients(model, *args), plain, atol=1e-12)
 
 
-def test_openclips_text_tower():
+def test_gradients_are_those_of_openclips_text_tower():
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
-    numbers = dict(embed_dim=32, text_width=48, text_heads=3, text_layers=3)
     model = models.create(
-        "ViT-B-32", image_size=32, vision_layers=1, vision_width=64, **numbers
+        "ViT-B-32",
+        image_size=32,
+        vision_layers=1,
+        vision_width=64,
+        embed_dim=32,
+        text_width=48,
+        text_heads=3,
+        text_layers=3,
     ).double()
-    other = open_clip.model.CLIP(
-        32,
-        dict(image_size=32, patch_size=32, layers=1, width=64),
-        dict(width=48, heads=3, layers=3),
-    ).double()
-    other.load_state_dict(model.state_dict())
-    tokens, token_index = packed([5, 77, 17, 2, 30], context_length=77, vocab_size=49408)
-    other.encode_text = functools.partial(other.encode_text, normalize=True)
-    mine, theirs = gradients(model, tokens, token_index), gradients(other, tokens)
-    assert_same(mine, theirs, atol=1e-9, rtol=1e-9)  # the largest gradients are over 1000
+
+    vision = dict(image_size=32, patch_size=32, layers=1, width=64)
+    text = dict(width=48, heads=3, layers=3)
+    openclip = open_clip.model.CLIP(32, vision, text).double()
+    openclip.load_state_dict(model.state_dict())
+    openclip.encode_text = functools.partial(openclip.encode_text, normalize=True)
+
+    lengths = [5, 77, 17, 2, 30]
+    tokens, token_index = packed_captions(lengths, context_length=77, vocab_size=49408)
+    packed = gradients(model, tokens, token_index)
+    expected = gradients(openclip, tokens)
+
+    # The largest gradients are over 1000.
+    assert_same(packed, expected, atol=1e-9, rtol=1e-9)
+
+
+# ---- Training ----
+
+
+def gradients_of_a_training_step(model, c, batch):
+    """-> {name: gradient} after one train_step from the start of a run."""
+    optimizer = optim.create(model, c)
+    loss = ContrastiveLoss(c.algorithm, num_samples=8)
+    reducer = dist.GradReducer(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    training.train_step(
+        batch,
+        model,
+        loss,
+        optimizer,
+        reducer,
+        scaler,
+        autocast=nullcontext,
+        c=c,
+        step=0,
+        steps_per_epoch=10,
+        total_steps=10,
+    )
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def forward_padded(self, images, tokens, token_index):
+    """CLIP.forward that ignores the packing."""
+    return self.encode_image(images), self.encode_text(tokens)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 4])
-def test_a_training_step(micro_batch):
-    """train_step on packed captions: the gradients of the padded model, with micro-batches too, each packed by itself."""
+def test_a_training_step_has_the_gradients_of_padded_captions(micro_batch):
+    """Each micro-batch is packed by itself."""
     c = Config(
-        algorithm="fastclip-v3", batch_size=8, micro_batch=micro_batch, lr=0.0, warmup_steps=1
+        algorithm="fastclip-v3",
+        batch_size=8,
+        micro_batch=micro_batch,
+        lr=0.0,
+        warmup_steps=1,
     )
-    lengths = torch.tensor([3, 20, 5, 2, 2, 9, 11, 4])
     torch.manual_seed(1)
-    model = tiny("vit").double()
+    packed_model = tiny("vit").double()
+    padded_model = copy.deepcopy(packed_model)
+    padded_model.forward = types.MethodType(forward_padded, padded_model)
+
+    lengths = torch.tensor([3, 20, 5, 2, 2, 9, 11, 4])
     batch = data.Batch(
-        pictures(8, model.image_size), captions(lengths, 20, 1000), lengths, torch.arange(8), {}
+        images=pictures(8, packed_model.image_size),
+        tokens=captions(lengths, 20, 1000),
+        lengths=lengths,
+        ids=torch.arange(8),
+        bad={},
     )
-    found = []
-    for padded in (False, True):
-        one = copy.deepcopy(model)
-        if padded:
-            one.forward = types.MethodType(
-                lambda self, images, tokens, token_index: (
-                    self.encode_image(images),
-                    self.encode_text(tokens),
-                ),
-                one,
-            )
-        optimizer = optim.create(one, c)
-        training.train_step(
-            batch,
-            one,
-            ContrastiveLoss(c.algorithm, 8),
-            optimizer,
-            dist.GradReducer(one.parameters()),
-            torch.amp.GradScaler("cpu", enabled=False),
-            nullcontext,
-            c,
-            0,
-            10,
-            10,
-        )
-        found.append({name: p.grad for name, p in one.named_parameters()})
-    assert_same(*found, atol=1e-7)  # the contrast itself is in float32
+    packed = gradients_of_a_training_step(packed_model, c, batch)
+    padded = gradients_of_a_training_step(padded_model, c, batch)
+
+    # The loss is computed in float32.
+    assert_same(packed, padded, atol=1e-7)
+
+
+# ---- Compilation ----
 
 
 def test_no_recompiles_after_warm_up():
-    """Two batches of different sizes are all the warm-up there is: then no length, of T or L, compiles anything anew."""
+    """After two batches of different sizes, other lengths, T and L, compile nothing."""
     torch._dynamo.reset()
     model = tiny("vit")
     compiled = copy.deepcopy(model)
-    compiled.compile_blocks(backend="aot_eager")  # inductor compiles as often, but longer
 
-    def compare(lengths, seed):
-        generator = torch.Generator().manual_seed(seed)
-        args = packed(
-            lengths if lengths else torch.randint(2, 21, (8,), generator=generator).tolist()
-        )
-        assert_same(gradients(compiled, *args), gradients(model, *args), atol=1e-4, rtol=1e-3)
+    # inductor would compile as often, but take longer.
+    compiled.compile_blocks(backend="aot_eager")
+
+    def compare(lengths):
+        args = packed_captions(lengths)
+        found = gradients(compiled, *args)
+        assert_same(found, gradients(model, *args), atol=1e-4, rtol=1e-3)
         compiled.encode_image(pictures(8, model.image_size)).sum().backward()
 
     try:
-        compare([3, 9, 12, 7, 5, 6, 8, 4], 0)
-        compare([3, 19, 5, 2, 2, 17, 16, 15], 1)
+        compare([3, 9, 12, 7, 5, 6, 8, 4])
+        compare([3, 19, 5, 2, 2, 17, 16, 15])
+
         torch._dynamo.utils.counters.clear()
         with torch._dynamo.config.patch(error_on_recompile=True):
             for seed in range(2, 12):
-                compare(None, seed)
-            compare([20] * 8, 0)
-            compare([2] * 8, 0)
+                generator = torch.Generator().manual_seed(seed)
+                compare(torch.randint(2, 21, (8,), generator=generator).tolist())
+            compare([20] * 8)
+            compare([2] * 8)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
     finally:
         torch._dynamo.reset()
 
 
+# ---- On a GPU ----
+
+
+def attend_caption_by_caption(q, k, v, starts):
+    """Causal attention within each caption. q, k, v: (T, heads, w/heads) -> the same shape."""
+    lengths = starts.diff().tolist()
+    outputs = []
+    for caption in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
+        q1, k1, v1 = (x.transpose(0, 1) for x in caption)  # (heads, length, w/heads) each
+        out = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def test_how_varlen_attention_is_called(monkeypatch):
-    """Without a GPU: a stand-in that goes through the captions one by one."""
-
-    def one_by_one(q, k, v, starts, starts_k, longest, longest_k, window_size):
-        assert (
-            q.shape == k.shape == v.shape == (len(token_index), 3, 16)
-            and starts is starts_k
-            and starts.dtype == torch.int32
-        )
-        assert (
-            window_size == (-1, 0)
-            and longest == longest_k >= starts.diff().max()
-            and starts[-1] == len(q)
-        )
-        captions = zip(*(x.split(starts.diff().tolist()) for x in (q, k, v)))
-        out = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in qkv), is_causal=True
-            ).transpose(0, 1)
-            for qkv in captions
-        ]
-        calls.append(torch.cat(out))
-        return calls[-1]
-
-    calls = []
-    monkeypatch.setattr(models, "varlen_attn", one_by_one, raising=False)
+    """Without a GPU: a stand-in attends within one caption after the other."""
     model = tiny("vit").bfloat16()
-    lengths = torch.tensor(LENGTHS["tail"])
-    token_index, end = models.pack(lengths, 20), lengths - 1
-    rows = torch.arange(0, 101, 20)
-    packing = models.Packing(
-        token_index,
-        torch.searchsorted(token_index, rows[:-1] + end),
-        (torch.arange(20) <= end[:, None])[:, None, None],
-        None,
-    )
+    lengths = torch.tensor(LENGTHS["one long"])
+    tokens = captions(lengths, 20, 1000)
+    token_index = models.pack(lengths, 20)
+    calls = []
+
+    def varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, window_size):
+        calls.append(q)
+        assert q.shape == k.shape == v.shape == (len(token_index), 3, 16)
+        assert starts_q is starts_k
+        assert starts_q.dtype == torch.int32
+        assert starts_q[-1] == len(q)
+        assert longest_q == longest_k >= starts_q.diff().max()
+        assert window_size == (-1, 0)
+        return attend_caption_by_caption(q, k, v, starts_q)
+
+    monkeypatch.setattr(models, "varlen_attn", varlen_attn, raising=False)
     x = torch.randn(len(token_index), 48, dtype=torch.bfloat16)
-    padded = model.transformer(x, packing)
+
+    packing = models.make_packing(tokens, token_index, varlen=False)
+    expected = model.transformer(x, packing)
     assert not calls
-    varlen = model.transformer(
-        x, packing._replace(starts=torch.searchsorted(token_index, rows, out_int32=True))
-    )
-    assert len(calls) == 1 and varlen.shape == (5, 48)  # of two layers: the last has one query
-    torch.testing.assert_close(varlen, padded, rtol=0.05, atol=0.05)
+
+    packing = models.make_packing(tokens, token_index, varlen=True)
+    found = model.transformer(x, packing)
+    assert len(calls) == 1  # in the first of two layers: the last one has one query per caption
+    assert found.shape == (5, 48)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu(precision):
-    """float32 attends on padded captions, bfloat16 through varlen attention if there is one; nothing waits for the device."""
+@pytest.mark.parametrize("name", LENGTHS)
+def test_on_a_gpu_packing_changes_no_gradient_and_does_not_wait(precision, name):
+    """float32 attends to padded captions, bfloat16 uses varlen attention where there is one."""
+    device = torch.device("cuda")
+    dtype = hardware.precision(precision, device)
+    autocast = hardware.autocast(dtype, device)
+
     model = tiny("vit").cuda()
-    autocast = hardware.autocast(
-        hardware.precision(precision, torch.device("cuda")), torch.device("cuda")
-    )
-    for lengths in LENGTHS.values():
-        lengths = torch.tensor(lengths)
-        tokens = captions(lengths, 20, 1000).cuda()
+    lengths = torch.tensor(LENGTHS[name])
+    tokens = captions(lengths, 20, 1000).cuda()
+    with autocast():
+        padded = gradients(model, tokens)
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         with autocast():
-            padded = gradients(model, tokens)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with autocast():
-                model.encode_text(tokens, models.pack(lengths, 20, "cuda")).sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        with autocast():
-            found = gradients(model, tokens, models.pack(lengths, 20, "cuda"))
-        assert all(x.isfinite().all() for x in found.values())
-        scale = 1e-4 if precision == "fp32" else 5e-2
-        for name, x in padded.items():
-            assert (found[name] - x).norm() <= scale * x.norm() + 1e-6, name
+            model.encode_text(tokens, models.pack(lengths, 20, "cuda")).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    with autocast():
+        packed = gradients(model, tokens, models.pack(lengths, 20, "cuda"))
+    tolerance = 1e-4 if precision == "fp32" else 5e-2
+    for key, expected in padded.items():
+        assert packed[key].isfinite().all(), key
+        assert (packed[key] - expected).norm() <= tolerance * expected.norm() + 1e-6, key
