@@ -44,7 +44,7 @@ def run(args):
 
 
 def sizes_of(b, B):
-    """The pairs (b, B) that are measured: the given one, then others with another B, then others with another b."""
+    """The pairs (b, B) that are measured: the given one, then other B, then other b."""
     small_b = min(b, 128)
     quarter = B // 4
     other_B = [(small_b, factor * quarter) for factor in (1, 2, 4, 8)]
