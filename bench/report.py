@@ -1,7 +1,12 @@
-"""What bench.py has measured: rows, added up in a JSON file with where, when and of what they are; a table; a picture."""
+"""What was measured: rows, added to a JSON file with where, when and of what they are; and a table.
+
+A row: mode, side, settings, unit, all (a value for each round), median, and what the mode adds. The
+file: machine, rows, and in each row the commit, date, load and versions that it was measured with.
+"""
 
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -14,8 +19,14 @@ from bench import baselines, harness
 from config import ConfigError
 from runtime import plan
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# ---- rows ----
+
 
 def row(mode, side, settings, unit, values, **more):
+    """values: one for each round."""
     return dict(
         mode=mode,
         side=side,
@@ -27,83 +38,141 @@ def row(mode, side, settings, unit, values, **more):
     )
 
 
-def beside(rows):
-    """Add to each row its ratio with open_clip's, round by round, compiled with compiled. Where there are others at work on the machine, the
-    ratio of the CPU time (all threads, what they spin included) is the steadier one."""
-    theirs = {r["side"]: r for r in rows}
-    for r in rows:
-        other = theirs["open_clip compiled" if r["side"].endswith("compiled") else "open_clip"]
-        r["ratio"] = statistics.median(x / y for x, y in zip(r["all"], other["all"]))
-        if "cpu_seconds" in r:
-            r["cpu_ratio"] = statistics.median(
-                y / x for x, y in zip(r["cpu_seconds"], other["cpu_seconds"])
-            )
+def with_ratios(rows):
+    """The rows, each with its `ratio` to open_clip: the median of the ratios within a round.
+
+    Compiled sides are compared with the compiled open_clip. Where CPU time was measured (all
+    threads, spinning included), `cpu_ratio` is open_clip's over the side's: the steadier ratio if
+    others work on the same machine.
+    """
+    by_side = {row["side"]: row for row in rows}
+    for row in rows:
+        compiled = row["side"].endswith("compiled")
+        baseline = by_side["open_clip compiled" if compiled else "open_clip"]
+        row["ratio"] = median_ratio(row["all"], baseline["all"])
+        if "cpu_seconds" in row:
+            row["cpu_ratio"] = median_ratio(baseline["cpu_seconds"], row["cpu_seconds"])
     return rows
 
 
+def median_ratio(numerators, denominators):
+    return statistics.median(x / y for x, y in zip(numerators, denominators))
+
+
+# ---- where, when and of what ----
+
+
 def machine():
-    name = platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        name = next(
-            (line.split(":")[1].strip() for line in f if line.startswith("model name")), name
-        )
+    """The machine that a results file belongs to: {cpu, cores, gpu}."""
     return dict(
-        cpu=name,
+        cpu=cpu_name(),
         cores=harness.cores(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )
 
 
-def commit():
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = lambda *words: subprocess.run(
-        ["git", *words], capture_output=True, text=True, cwd=here
-    ).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + (
-        "+" if git("status", "--porcelain", "-uno", "--", ":!assets") else ""
+def cpu_name():
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def versions():
+    """The exact versions that the figures depend on; None: not installed."""
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=package_version("torchvision"),
+        numpy=package_version("numpy"),
+        webdataset=package_version("webdataset"),
+        timm=package_version("timm"),
+        open_clip=baselines.version(),
     )
 
 
-def check(out):
-    """-> the document to which results are to be added. ConfigError if it is of another machine, or cannot be written: before anything is measured."""
-    if not os.path.isdir(os.path.dirname(out) or "."):
-        raise ConfigError(f"{out} cannot be written: there is no folder {os.path.dirname(out)}")
-    document = dict(machine=machine(), rows=[])
-    if os.path.exists(out):
-        with open(out) as f:
-            document = json.load(f)
-        if document["machine"] != machine():
-            raise ConfigError(
-                f"{out} was measured on another machine, {document['machine']}: name another --out"
-            )
+def package_version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit(folder=ROOT):
+    """The short commit of a clone, with "+" if tracked files outside assets/ are changed.
+
+    "" if the folder is no clone, or there is no git on this machine.
+    """
+    head = git(folder, "rev-parse", "--short", "HEAD")
+    changed_files = git(folder, "status", "--porcelain", "-uno", "--", ":!assets")
+    return head + "+" if changed_files else head
+
+
+def git(folder, *words):
+    """What a git command prints; "" if it fails, or there is no git."""
+    try:
+        result = subprocess.run(["git", *words], capture_output=True, text=True, cwd=folder)
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
+# ---- the results file ----
+
+
+def check(path):
+    """The document that results will be added to: {machine, rows, ...}.
+
+    Called before anything is measured. Raises ConfigError if the folder does not exist, or the file
+    was measured on another machine.
+    """
+    folder = os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        raise ConfigError(f"{path} cannot be written: there is no folder {folder}")
+    if not os.path.exists(path):
+        return dict(machine=machine(), rows=[])
+
+    with open(path) as f:
+        document = json.load(f)
+    if document["machine"] != machine():
+        raise ConfigError(
+            f"{path} was measured on another machine, {document['machine']}: name another --out"
+        )
     return document
 
 
-def save(rows, out):
-    """Rows take the place of older ones with the same mode, side, settings and algorithm -> all rows."""
-    document = check(out)
-    now = dict(
+def save(rows, path):
+    """Add rows to the file, in place of older ones with the same identity. Returns all rows."""
+    document = check(path)
+    provenance = dict(
         commit=commit(),
         date=datetime.datetime.now().isoformat(timespec="minutes"),
         load=os.getloadavg()[1],
-        versions=dict(
-            python=platform.python_version(), torch=torch.__version__, open_clip=baselines.version()
-        ),
+        versions=versions(),
     )
-    key = lambda r: json.dumps(
-        [r["mode"], r["side"], r["settings"], r.get("algorithm")], sort_keys=True
-    )
-    new = {key(r) for r in rows}
-    document["rows"] = [r for r in document["rows"] if key(r) not in new] + [
-        {**r, **now} for r in rows
-    ]
-    document.update(now)
-    with open(out + ".partial", "w") as f:
+
+    replaced = {identity(row) for row in rows}
+    kept = [row for row in document["rows"] if identity(row) not in replaced]
+    document["rows"] = kept + [{**row, **provenance} for row in rows]
+    document.update(provenance)
+
+    # A rename, so that the file is complete at every moment.
+    with open(path + ".partial", "w") as f:
         json.dump(document, f, indent=1)
-    os.replace(out + ".partial", out)
+    os.replace(path + ".partial", path)
     return document["rows"]
 
 
+def identity(row):
+    """What says which measurement a row is of, as text."""
+    key = [row["mode"], row["side"], row["settings"], row.get("algorithm")]
+    return json.dumps(key, sort_keys=True)
+
+
+# ---- the table ----
+
+# Key of a row -> how the table shows it.
 SHOWN = {
     "ratio": "{:.2f} x",
     "cpu_ratio": "{:.2f} x in CPU time",
@@ -119,169 +188,32 @@ SHOWN = {
 }
 
 
-def table(rows):
-    for r in rows:
-        settings = " ".join(
-            f"{k}={v}"
-            for k, v in r["settings"].items()
-            if k not in ("model", "source") and v != "fp32"
-        )
-        more = [form.format(r[k]) for k, form in SHOWN.items() if k in r] + [
-            f"peak {plan.size(r.get('peak_bytes', 0))}"
-        ] * ("peak_bytes" in r)
-        name = r["settings"].get("model", r["settings"].get("source", ""))
-        value = plan.size(r["median"]) if r["unit"] == "bytes" else f"{r['median']:.4g} {r['unit']}"
-        spread = f"{min(r['all']):.4g}..{max(r['all']):.4g}" if len(set(r["all"])) > 1 else ""
-        print(
-            f"{r['mode']:<10}{name:<15}{r['side']:<22}{value:>16}  {spread:<16}{', '.join(more):<50}  {settings}"
-        )
+def print_table(rows):
+    for row in rows:
+        print(table_line(row))
 
 
-def picture(rows, out):
-    """All rows -> one picture."""
-    import matplotlib
+def table_line(row):
+    """mode, model or source, side, median, range over the rounds, what the mode adds, settings."""
+    settings = row["settings"]
+    name = settings.get("model", settings.get("source", ""))
+    others = " ".join(
+        f"{key}={value}"
+        for key, value in settings.items()
+        if key not in ("model", "source") and value != "fp32"
+    )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    values = row["all"]
+    if row["unit"] == "bytes":
+        median = plan.size(row["median"])
+    else:
+        median = f"{row['median']:.4g} {row['unit']}"
+    spread = f"{min(values):.4g}..{max(values):.4g}" if min(values) < max(values) else ""
 
-    figure, axes = plt.subplots(2, 4, figsize=(19, 8.5), layout="constrained")
-    of = lambda mode: [r for r in rows if r["mode"] == mode]
+    more = [form.format(row[key]) for key, form in SHOWN.items() if key in row]
+    if "peak_bytes" in row:
+        more.append(f"peak {plan.size(row['peak_bytes'])}")
+    more = ", ".join(more)
 
-    def bars(axis, rows, group, value, title, unit, note=None):
-        """Groups of bars, one for each side."""
-        groups, sides = (
-            list(dict.fromkeys(map(group, rows))),
-            list(dict.fromkeys(r["side"] for r in rows)),
-        )
-        for i, side in enumerate(sides):
-            mine = [r for r in rows if r["side"] == side]
-            x = [
-                groups.index(group(r)) + (i - (len(sides) - 1) / 2) * 0.8 / len(sides) for r in mine
-            ]
-            drawn = axis.bar(x, [value(r) for r in mine], 0.8 / len(sides), label=side)
-            if note:
-                axis.bar_label(drawn, [note(r) for r in mine], fontsize=8)
-        axis.set_xticks(range(len(groups)), groups, fontsize=8)
-        axis.set(title=title, ylabel=unit)
-
-    ratio = lambda r: f"{r['ratio']:.2f}x" if r["side"].startswith("ours") else ""
-    steps = lambda r: (
-        f"{r['settings']['model']}\nbatch {r['settings']['batch']}"
-        + (f"\n{r['settings']['precision']}" if r["settings"]["precision"] != "fp32" else "")
-    )
-    bars(axes[0, 0], of("step"), steps, lambda r: r["median"], "training step", "samples/s", ratio)
-    bars(axes[0, 1], of("step"), steps, lambda r: r["peak_bytes"] / 1e9, "memory at its peak", "GB")
-    bars(
-        axes[0, 2],
-        of("loader"),
-        lambda r: (
-            f"{r['settings']['source'].replace(' ', chr(10), 1)}\n{str(r['settings']['workers']) + ' workers' if r['settings']['workers'] else 'one core'}"
-        ),
-        lambda r: r["median"],
-        "tar to ready batch",
-        "images/s",
-        ratio,
-    )
-    losses = of("loss")
-    B0 = statistics.mode([r["settings"]["b"] for r in losses]) if losses else 0
-    beyond = lambda r: (r["peak_bytes"] - r["gathered_bytes"]) / 1e6
-    for axis, value, title, unit in (
-        (axes[0, 3], lambda r: r["median"], "time of the loss", "ms"),
-        (axes[1, 0], beyond, "its memory at the peak, beyond the features", "MB"),
-    ):
-        for side in dict.fromkeys(r["side"] for r in losses):
-            points = sorted(
-                (r["settings"]["B"], value(r))
-                for r in losses
-                if r["side"] == side and r["settings"]["b"] == B0
-            )
-            axis.plot(*zip(*points), marker="o", label=side)
-        axis.set(title=f"{title}, b = {B0}", xlabel="global batch B", ylabel=unit, ylim=(0, None))
-    axis, wires = axes[1, 1], of("wire")
-    for i, purpose in enumerate(
-        dict.fromkeys(p for r in wires for p in r["at_8_ranks"] if p != "batch")
-    ):
-        points = [
-            (r["at_8_ranks"][purpose] / 1e6, y)
-            for y, r in enumerate(wires)
-            if r["at_8_ranks"].get(purpose)
-        ]
-        axis.scatter(*zip(*points), s=60, color=f"C{i}", label=purpose)
-    axis.set_yticks(
-        range(len(wires)), [f"{r['side']} {r['settings']['grad_wire']}" for r in wires], fontsize=8
-    )
-    axis.set(
-        title=f"sent in a step by one of 8 ranks, {wires[0]['at_8_ranks']['batch'] if wires else 0} pairs each",
-        xlabel="MB",
-        xscale="log",
-    )
-    axis.set_ylim(len(wires) - 0.5, -2.5)  # from above, with room for what the colours mean
-    name, divided = (
-        lambda r: f"{r['side']} {r['settings']['grad_wire']}",
-        [r for r in of("breakdown") if r["settings"]["bucket_mb"] == 25],
-    )
-    axis = axes[1, 2]
-    stack(
-        axis,
-        [(name(r), {k: v for k, v in r["parts_ms"].items() if k != "hidden"}) for r in divided],
-    )
-    for i, r in enumerate(divided):  # what lies beside the computation, not behind it
-        axis.barh(
-            i + 0.38,
-            r["parts_ms"]["hidden"],
-            0.12,
-            color="black",
-            label="communication, hidden" if i == 0 else None,
-        )
-    axis.set(
-        title="where a step's time goes",
-        xlabel="ms",
-        xlim=(0, 1.25 * max((r["median"] for r in divided), default=1)),
-    )
-    axis = axes[1, 3]
-    for i, side in enumerate(dict.fromkeys(r["side"] for r in of("plan") if "nodes" in r)):
-        for link, style in zip(
-            sorted({r["settings"]["gbit"] for r in of("plan") if "nodes" in r}), (":", "--", "-")
-        ):
-            mine = [
-                r for r in of("plan") if r["side"] == side and r["settings"].get("gbit") == link
-            ]
-            axis.plot(
-                [r["nodes"] for r in mine],
-                [r["efficiency"] for r in mine],
-                style,
-                color=f"C{i}",
-                label=f"{side}, {link} Gbit/s",
-            )
-    B = next((r["settings"]["B"] for r in of("plan") if "nodes" in r), 0)
-    axis.set(
-        title=f"projected share of computing, B = {B:,}",
-        xlabel="nodes of 8 GPUs",
-        xscale="log",
-        ylim=(0, 1.02),
-    )
-    axis.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
-    axes[0, 2].margins(y=0.3)
-    places = {
-        axes[0, 2]: ("upper center", 2),
-        axes[1, 1]: ("upper center", 4),
-        axes[1, 2]: ("upper right", 1),
-    }  # where nothing is drawn
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            where, columns = places.get(axis, ("best", 1))
-            axis.legend(fontsize=7, loc=where, ncols=columns)
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
-
-
-def stack(axis, bars):
-    """[(label, {part: value})] -> horizontal stacked bars."""
-    left = [0.0] * len(bars)
-    for part in dict.fromkeys(part for _, parts in bars for part in parts):
-        values = [parts.get(part, 0) for _, parts in bars]
-        axis.barh(range(len(bars)), values, 0.6, left=left, label=part)
-        left = [x + y for x, y in zip(left, values)]
-    axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
-    axis.invert_yaxis()
+    what = f"{row['mode']:<10}{name:<15}{row['side']:<22}"
+    return f"{what}{median:>16}  {spread:<16}{more:<50}  {others}"

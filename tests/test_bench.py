@@ -1,267 +1,262 @@
-"""bench.py at toy size: every mode from the command line, what its rows promise, counted bytes equal to the formula, a profile's parts."""
+"""bench/ at toy size: every mode from the command line, what its rows promise, its instruments."""
 
 import json
+import os
+import shutil
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.nn
+from torch.autograd import DeviceType
 from torchvision.io import write_jpeg
 
 import data
 import dist
 from bench import __main__ as bench
-from bench import baselines, harness, report
+from bench import (
+    baselines,
+    breakdown,
+    harness,
+    loader,
+    loss,
+    made_data,
+    measure,
+    ours,
+    picture,
+    report,
+)
 from config import ConfigError
+from conftest import ROOT
 from ingest.index import load_index
-from runtime import plan
+from runtime.plan import traffic
 
 pytest.importorskip("open_clip")
-TOY = (
-    "--numbers=image_size=32,patch_size=16,vision_layers=1,vision_width=64,text_width=64,text_heads=1,text_layers=1,embed_dim=32,context_length=40",
-    "--rounds=1",
-    "--device=cpu",
+
+TOY_VIT = (
+    "--numbers=image_size=32,patch_size=16,vision_layers=1,vision_width=64,"
+    "text_width=64,text_heads=1,text_layers=1,embed_dim=32,context_length=40"
 )
+TOY_RESNET = (
+    "--numbers=image_size=64,vision_layers=(1,1,1,1),vision_width=16,"
+    "text_width=64,text_heads=1,text_layers=1,embed_dim=32"
+)
+TOY = (TOY_VIT, "--rounds=1", "--device=cpu")
+
+REPLACED = ("rank", "world_size", "all_gather", "all_reduce")  # of dist, by harness.act_alone
+PLAIN_DIST = {name: getattr(dist, name) for name in REPLACED}
+
+PROVENANCE = {"date", "commit", "load", "versions"}
+VERSIONS = {"python", "torch", "torchvision", "numpy", "webdataset", "timm", "open_clip"}
 
 
-REAL = {name: getattr(dist, name) for name in ("world_size", "all_gather", "all_reduce")}
-
-
-class Here:
+class InThisProcess:
     """harness.Worker without a process: importing torch once is enough for most of these tests."""
 
     def __init__(self, function, *args):
-        self.steps = function(*args)
+        self.generator = function(*args)
 
-    def ask(self, request=None):
-        self.value = self.steps.send(request)
+    def send(self, request=None):
+        self.value = self.generator.send(request)
 
-    def answer(self):
+    def receive(self):
         return self.value
 
     def close(self):
-        self.steps.close()
-        for (
-            name,
-            function,
-        ) in REAL.items():  # a worker may change them: it would have had the process to itself
+        self.generator.close()
+        # A worker may replace them: it believes that the process is its own.
+        for name, function in PLAIN_DIST.items():
             setattr(dist, name, function)
 
 
 @pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(
-        torch.distributed.nn, "all_gather", torch.distributed.nn.all_gather
-    )  # will be changed, and so changed back
-    monkeypatch.setattr(harness, "Worker", Here)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(harness, "Worker", InThisProcess)
     monkeypatch.setattr("os.sched_setaffinity", lambda *_: None, raising=False)
+    # The loss of open_clip's side replaces this one; monkeypatch puts it back.
+    monkeypatch.setattr(torch.distributed.nn, "all_gather", torch.distributed.nn.all_gather)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def run(tmp_path, *words):
-    bench.main([*words, *TOY, f"--out={tmp_path}/b.json", f"--plot={tmp_path}/b.png"])
-    with open(tmp_path / "b.json") as f:
-        document = json.load(f)
-    assert {"machine", "versions", "commit", "date"} <= document.keys() and document["machine"][
-        "cores"
-    ] > 0
-    assert (
-        document["versions"].keys() == {"python", "torch", "open_clip"}
-        and (tmp_path / "b.png").stat().st_size > 10_000
-    )
+def run(folder, mode, *words):
+    """The command at toy size -> the rows of its results file; checks what every mode promises."""
+    results = folder / "b.json"
+    plot = folder / "b.png"
+    bench.main([mode, *words, *TOY, f"--out={results}", f"--plot={plot}"])
+
+    document = json.loads(results.read_text())
+    assert document.keys() >= {"machine", "rows", *PROVENANCE}
+    assert document["machine"]["cores"] > 0
+    assert document["versions"].keys() == VERSIONS
+    assert plot.stat().st_size > 10_000
+
     for row in document["rows"]:
-        assert {
-            "mode",
-            "side",
-            "settings",
-            "unit",
-            "median",
-            "all",
-            "date",
-            "commit",
-            "versions",
-        } <= row.keys()
-        assert row["mode"] == words[0] and row["median"] == statistics.median(row["all"]) > 0
+        assert row.keys() >= {"mode", "side", "settings", "unit", "median", "all", *PROVENANCE}
+        assert row["mode"] == mode
+        assert row["median"] == statistics.median(row["all"]) > 0
     return document["rows"]
 
 
-def test_step(tmp_path, here):
-    ours, theirs = run(tmp_path, "step", "--batch=4")
-    assert (ours["side"], theirs["side"]) == ("ours", "open_clip") and theirs["ratio"] == 1
-    assert ours["ratio"] == pytest.approx(ours["median"] / theirs["median"])
-    assert all(1e8 < row["peak_bytes"] < 1e10 and 0 < row["mfu"] < 1 for row in (ours, theirs))
-    assert ours["cpu_ratio"] > 0 and len(ours["cpu_seconds"]) == 1
-    again = report.save([ours], str(tmp_path / "b.json"))
-    assert len(again) == 2  # in the old one's place
+# ---- the modes ----
 
 
-def test_loader(tmp_path, here):
-    theirs, ours, pillow = run(
-        tmp_path,
-        "loader",
-        "--images=24",
-        "--batch=8",
-        "--size=48",
-        "--decoders",
-        "torchvision",
-        "pillow",
-    )
-    assert (theirs["side"], ours["side"], pillow["side"]) == (
-        "open_clip",
-        "ours, torchvision",
-        "ours, pillow",
-    ) and theirs["ratio"] == 1
-    assert (
-        ours["settings"]["cores"] == 1 and 0 < ours["ratio"] and theirs["kilobytes_per_sample"] > 1
-    )
+def test_step(tmp_path, in_this_process):
+    rows = run(tmp_path, "step", "--batch=4")
+    ours_row, open_clip_row = rows
+    assert ours_row["side"] == "ours"
+    assert open_clip_row["side"] == "open_clip"
+    for row in rows:
+        assert 1e8 < row["peak_bytes"] < 1e10
+        assert 0 < row["mfu"] < 1
+
+    assert open_clip_row["ratio"] == 1
+    assert ours_row["ratio"] == pytest.approx(ours_row["median"] / open_clip_row["median"])
+    assert ours_row["cpu_ratio"] > 0
+    assert len(ours_row["cpu_seconds"]) == 1
+
+    all_rows = report.save([ours_row], str(tmp_path / "b.json"))
+    assert len(all_rows) == 2, "a row measured again replaces the older one"
 
 
-def test_shards_are_made_of_photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    with pytest.raises(ConfigError, match="photos has no .jpg"):
-        harness.make_shards(str(tmp_path), 32, 8, str(folder), shards=2)
-    red = torch.zeros(3, 90, 100, dtype=torch.uint8)
-    red[0] = 255
-    write_jpeg(red, str(folder / "red.jpg"))
-    pattern = harness.make_shards(str(tmp_path), 32, 8, str(folder), shards=2)
-    (batch,) = data.Loader(data.Order(load_index(pattern), 8), 16, workers=0, num_steps=1)
-    assert (
-        batch.images[:, 0].float().mean() > 250
-        and batch.images[:, 1:].float().mean() < 5
-        and len(set(batch.ids.tolist())) == 8
-    )
+def test_loader(tmp_path, in_this_process):
+    words = ("--images=24", "--batch=8", "--size=48", "--decoders", "torchvision", "pillow")
+    rows = run(tmp_path, "loader", *words)
+    assert [row["side"] for row in rows] == ["open_clip", "ours, torchvision", "ours, pillow"]
+    open_clip_row, ours_row, _ = rows
+    assert open_clip_row["ratio"] == 1
+    assert open_clip_row["kilobytes_per_sample"] > 1
+    assert ours_row["settings"]["cores"] == 1
+    assert ours_row["ratio"] > 0
 
 
-def test_loss(tmp_path, here):
-    rows = run(
-        tmp_path,
-        "loss",
-        "--batch=16",
-        "--global_batch=64",
-        "--tile=16",
-        "--step_batch=2",
-        "--model=ViT-B-32",
-    )
-    assert {row["side"] for row in rows} == {"ours", "ours, loss_tile=16", "open_clip"} and len(
-        rows
-    ) == 3 * 7
-    assert rows[0]["share_of_step"] > 0 and all(row["peak_bytes"] >= 0 for row in rows)
+def test_loss(tmp_path, in_this_process):
+    words = ("--batch=16", "--global_batch=64", "--tile=16", "--step_batch=2", "--model=ViT-B-32")
+    rows = run(tmp_path, "loss", *words)
+    assert {row["side"] for row in rows} == {"ours", "ours, loss_tile=16", "open_clip"}
+    assert len(rows) == 3 * 7
+    assert rows[0]["share_of_step"] > 0
+    assert all(row["peak_bytes"] >= 0 for row in rows)
 
 
-def test_wire_is_counted_and_is_the_formula(tmp_path):
+def test_wire_counts_the_bytes_of_the_formula(tmp_path):
     rows = run(tmp_path, "wire", "--batch=2")
     assert [row["side"] for row in rows] == [
         "open_clip",
         "openclip",
         "sogclr",
         "isogclr",
-        *(f"fastclip-v{i}" for i in range(4)),
+        "fastclip-v0",
+        "fastclip-v1",
+        "fastclip-v2",
+        "fastclip-v3",
         "fastclip-v3",
     ]
-    assert all(row["equal"] and row["counted"].keys() == row["formula"].keys() for row in rows)
-    assert {"features", "feature gradients", "gradients", "buffers"} == rows[0]["counted"].keys()
-    assert (
-        rows[0]["counted"]["feature gradients"] == rows[0]["counted"]["features"] == 2 * 32 * 4 * 2
-    )
-    assert rows[-1]["settings"]["grad_wire"] == "bf16" and rows[-1]["share"] < 0.55
+    for row in rows:
+        assert row["equal"]
+        assert row["counted"].keys() == row["formula"].keys()
+
+    of_open_clip = rows[0]["counted"]
+    assert of_open_clip.keys() == {"features", "feature gradients", "gradients", "buffers"}
+    # 2 samples, image and text, d = 32, 4 bytes.
+    assert of_open_clip["features"] == 2 * 2 * 32 * 4
+    assert of_open_clip["feature gradients"] == 2 * 2 * 32 * 4
+
+    with_bf16 = rows[-1]
+    assert with_bf16["settings"]["grad_wire"] == "bf16"
+    assert with_bf16["share"] < 0.55
 
 
 @pytest.mark.parametrize(
-    "name,d,parameters",
+    "name, embed_dim, parameters",
     [("ViT-B-32", 512, 151_277_313), ("RN50", 1024, 102_007_137), ("ViT-B-16", 512, 149_620_737)],
 )
-@pytest.mark.parametrize("ranks,B", [(8, 1024), (32, 5120)])
-def test_with_bf16_gradients_a_step_sends_little_more_than_half(name, d, parameters, ranks, B):
-    ours = sum(count(ranks) for count in plan.traffic(B, d, 2, 2 * parameters).values())
-    theirs = sum(count(ranks) for count in baselines.formula(B // ranks, d, parameters, 0).values())
-    assert ours <= 0.55 * theirs
+@pytest.mark.parametrize("num_ranks, B", [(8, 1024), (32, 5120)])
+def test_with_bf16_gradients_a_step_sends_little_more_than_half(
+    name, embed_dim, parameters, num_ranks, B
+):
+    our_parts = traffic(B, embed_dim, 2, 2 * parameters)
+    our_bytes = sum(count(num_ranks) for count in our_parts.values())
+    open_clip_parts = baselines.traffic_formula(B // num_ranks, embed_dim, parameters, 0)
+    open_clip_bytes = sum(count(num_ranks) for count in open_clip_parts.values())
+    assert our_bytes <= 0.55 * open_clip_bytes
 
 
 def test_breakdown(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "DIVIDED", [("fastclip-v3", "bf16"), ("open_clip", "fp32")])
+    monkeypatch.setattr(breakdown, "SIDES", [("fastclip-v3", "bf16"), ("open_clip", "fp32")])
     rows = run(tmp_path, "breakdown", "--batch=4", "--size=48")
+    assert [row["side"] for row in rows] == ["fastclip-v3", "open_clip"]
     for row in rows:
-        assert row["parts_ms"].keys() == {
-            "compute",
-            "optimizer",
-            "exposed",
-            "data",
-            "other",
-            "hidden",
-        }
-        assert (
-            all(value >= 0 for name, value in row["parts_ms"].items() if name != "other")
-            and row["parts_ms"]["compute"] > 0
-        )
-        assert sum(
-            value for name, value in row["parts_ms"].items() if name != "hidden"
-        ) == pytest.approx(row["median"])
-        assert 0 < row["parts_ms"]["exposed"] and 0 <= row["hidden_share"] <= 1
+        parts = dict(row["parts_ms"])
+        assert parts.keys() == {"compute", "optimizer", "exposed", "data", "other", "hidden"}
+        assert parts["compute"] > 0
+        assert parts["exposed"] > 0
+        assert parts["optimizer"] >= 0
+        assert parts["data"] >= 0
+        assert parts["hidden"] >= 0
+        assert 0 <= row["hidden_share"] <= 1
+
+        parts.pop("hidden")
+        assert sum(parts.values()) == pytest.approx(row["median"])
 
 
 def test_plan(tmp_path):
     rows = run(tmp_path, "plan", "--batch=4", "--check_ranks", "2", "--links", "100", "400")
-    assert (
-        rows[0]["predicted_ms"] > 0
-        and rows[0]["alpha_us"] > 0
-        and rows[0]["bytes_per_second"] > 1e6
-    )
-    projected = {
-        (row["side"], row["nodes"], row["settings"]["gbit"]): row["median"] for row in rows[1:]
-    }
-    assert len(projected) == 3 * 7 * 2
-    assert all(
-        projected["fastclip-v3 bf16", n, 100]
-        <= projected["fastclip-v3 fp32", n, 100]
-        <= projected["open_clip fp32", n, 100]
-        for n in (8, 64)
-    )
+    checked, *projected = rows
+    assert checked["predicted_ms"] > 0
+    assert checked["alpha_us"] > 0
+    assert checked["bytes_per_second"] > 1e6
+
+    times = {}
+    for row in projected:
+        times[row["side"], row["nodes"], row["settings"]["gbit"]] = row["median"]
+    assert len(times) == 3 * 7 * 2
+    for nodes in (8, 64):
+        bf16 = times["fastclip-v3 bf16", nodes, 100]
+        fp32 = times["fastclip-v3 fp32", nodes, 100]
+        open_clip = times["open_clip fp32", nodes, 100]
+        assert bf16 <= fp32 <= open_clip
 
 
-def test_memory_does_not_grow_with_the_number_of_micro_batches(here):
-    """GradCache: beside the images themselves and the features, a step takes what one micro-batch takes."""
-    a = bench.parse(["step", "--model=ViT-B-32", *TOY])
-    peaks = {}
-    for batch, micro in ((16, 0), (16, 4), (64, 4), (64, 0)):
-        a = harness.changed(a, batch=batch)
-        batches = iter(harness.made_batches(32, 40, batch, count=2))
-        trainer = harness.Ours(a, batches, micro_batch=micro)
+# ---- what the measured code promises ----
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches(in_this_process):
+    """GradCache: beside the images and the features, a step takes what one micro-batch takes."""
+    args = bench.parse(["step", "--model=ViT-B-32", *TOY])
+
+    def peak(batch, micro_batch):
+        batches = made_data.make_batches(32, 40, batch, count=2)
+        changed = harness.changed(args, batch=batch)
+        trainer = ours.Trainer(changed, iter(batches), micro_batch=micro_batch)
         trainer.run(1)
-        peaks[batch, micro] = harness.peak_of(lambda: trainer.run(1), torch.device("cpu"))
-    assert peaks[64, 4] - peaks[16, 4] < 0.1 * (peaks[64, 0] - peaks[16, 0]), (
-        peaks
-    )  # 918 and 14,153 bytes of a sample
+        return measure.peak_of(lambda: trainer.run(1), torch.device("cpu"))
+
+    growth_in_pieces = peak(64, micro_batch=4) - peak(16, micro_batch=4)
+    growth_at_once = peak(64, micro_batch=0) - peak(16, micro_batch=0)
+    # Measured: 918 and 14,153 bytes per sample.
+    assert growth_in_pieces < 0.1 * growth_at_once
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(
-    "model,numbers,settings",
+    "model, image_size, numbers, settings",
     [
-        ("ViT-B-32", TOY[0], {}),
-        ("ViT-B-32", TOY[0], dict(micro_batch=2)),
-        ("ViT-B-32", TOY[0], dict(algorithm="fastclip-v2", grad_clip=1.0)),
-        (
-            "RN50",
-            "--numbers=image_size=64,vision_layers=(1,1,1,1),vision_width=16,text_width=64,text_heads=1,text_layers=1,embed_dim=32",
-            {},
-        ),
+        ("ViT-B-32", 32, TOY_VIT, {}),
+        ("ViT-B-32", 32, TOY_VIT, dict(micro_batch=2)),
+        ("ViT-B-32", 32, TOY_VIT, dict(algorithm="fastclip-v2", grad_clip=1.0)),
+        ("RN50", 64, TOY_RESNET, {}),
     ],
 )
-def test_a_step_does_not_wait_for_the_gpu(model, numbers, settings):
-    a = harness.changed(
-        bench.parse(["step", f"--model={model}", numbers, "--precision=bf16"]), batch=8
-    )
-    trainer = harness.Ours(
-        a, iter(batches := harness.made_batches(64 if model == "RN50" else 32, 40, 8)), **settings
-    )
+def test_a_step_does_not_wait_for_the_gpu(model, image_size, numbers, settings):
+    args = bench.parse(["step", f"--model={model}", "--batch=8", numbers, "--precision=bf16"])
+    batches = made_data.make_batches(image_size, 40, 8)
+    trainer = ours.Trainer(args, iter(batches), **settings)
     trainer.run(2)
-    batches = [
-        batch._replace(images=batch.images.pin_memory(), tokens=batch.tokens.pin_memory())
-        for batch in batches[2:]
-    ]
+    batches = made_data.pinned(batches[2:], torch.device("cuda"))
+
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -271,54 +266,217 @@ def test_a_step_does_not_wait_for_the_gpu(model, numbers, settings):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_tiled_loss_does_not_grow_with_the_global_batch(here):
-    """... beyond the gathered features, 2 d floats of a pair, and some numbers: 28 floats of it."""
-    a = harness.changed(bench.parse(["loss", "--model=ViT-B-32", *TOY, "--tile=64"]), rounds=1)
+def test_tiled_loss_does_not_grow_with_the_global_batch(in_this_process):
+    """... beyond the gathered features, 2 d floats of a pair, and 28 other floats of it."""
+    args = bench.parse(["loss", "--model=ViT-B-32", *TOY, "--tile=64"])
 
     def peaks_of(side, sizes):
-        worker, peaks = Here(bench.loss_worker, a, side, 256), {}
-        worker.ask()
+        worker = InThisProcess(loss.worker, args, side, 256)
+        worker.send()
+        peaks = {}
         for B in sizes:
-            worker.ask((64, B))
-            peaks[B] = worker.answer()[1] - 2 * B * 256 * 4
+            worker.send((64, B))
+            _, peak_bytes = worker.receive()
+            features_bytes = 2 * B * 256 * 4
+            peaks[B] = peak_bytes - features_bytes
         worker.close()
         return peaks
 
-    tiled, whole = peaks_of("ours, loss_tile=64", (512, 1024, 4096)), peaks_of("ours", (512, 4096))
-    assert tiled[1024] - tiled[512] <= 512 * 28 * 4 and tiled[4096] - tiled[512] <= 3584 * 28 * 4, (
-        tiled
-    )
-    assert whole[4096] - whole[512] > 5 * (tiled[4096] - tiled[512])
+    tiled = peaks_of("ours, loss_tile=64", (512, 1024, 4096))
+    untiled = peaks_of("ours", (512, 4096))
+    assert tiled[1024] - tiled[512] <= (1024 - 512) * 28 * 4, tiled
+    assert tiled[4096] - tiled[512] <= (4096 - 512) * 28 * 4, tiled
+    assert untiled[4096] - untiled[512] > 5 * (tiled[4096] - tiled[512])
+
+
+# ---- what is measured on ----
+
+
+def test_shards_are_made_of_photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="photos has no .jpg"):
+        made_data.make_shards(str(tmp_path), 32, 8, str(folder), shards=2)
+
+    red = torch.zeros(3, 90, 100, dtype=torch.uint8)
+    red[0] = 255
+    write_jpeg(red, str(folder / "red.jpg"))
+    pattern = made_data.make_shards(str(tmp_path), 32, 8, str(folder), shards=2)
+
+    order = data.Order(load_index(pattern), 8)
+    (batch,) = data.Loader(order, 16, workers=0, num_steps=1)
+    assert batch.images[:, 0].float().mean() > 250
+    assert batch.images[:, 1:].float().mean() < 5
+    assert len(set(batch.ids.tolist())) == 8
 
 
 def test_captions_have_the_promised_length():
-    lengths = harness.caption_lengths(1001)
-    assert int(lengths.median()) == 17 and 5 <= int(lengths.min()) and int(lengths.max()) <= 77
-    assert torch.equal(lengths, harness.caption_lengths(1001))
+    lengths = made_data.caption_lengths(1001)
+    assert int(lengths.median()) == 17
+    assert int(lengths.min()) >= 5
+    assert int(lengths.max()) <= 77
+    assert torch.equal(lengths, made_data.caption_lengths(1001))
+
+
+def test_made_batches_are_as_a_loader_makes_them():
+    (batch,) = made_data.make_batches(32, 40, 6, count=1)
+    assert batch.images.shape == (6, 3, 32, 32)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.tokens.shape[1] % 8 == 0
+    assert batch.lengths.max() <= batch.tokens.shape[1]
+    for tokens, length in zip(batch.tokens, batch.lengths):
+        assert tokens[0] == made_data.START_OF_TEXT
+        assert tokens.argmax() == length - 1, "the end is the largest token"
+        assert (tokens[1:length] > 0).all()
+        assert (tokens[length:] == 0).all()
+
+
+# ---- a profile, taken apart ----
 
 
 def test_spans():
-    spans = harness.union([(5, 6), (0, 2), (1, 3)])
-    assert spans == [(0, 3), (5, 6)] and harness.length(spans) == 4
-    assert harness.without(spans, [(1, 2), (2.5, 5.5)]) == [(0, 1), (2, 2.5), (5.5, 6)]
+    spans = measure.union([(5, 6), (0, 2), (1, 3)])
+    assert spans == [(0, 3), (5, 6)]
+    assert measure.length(spans) == 4
+    assert measure.without(spans, [(1, 2), (2.5, 5.5)]) == [(0, 1), (2, 2.5), (5.5, 6)]
 
 
-def test_what_cannot_be_is_said(tmp_path, monkeypatch):
-    def missing(name):
-        raise ImportError("No module named 'open_clip'")
+def event(name, start, end, thread=1, device_type=DeviceType.CPU, is_user_annotation=False):
+    """As torch's profiler reports it; times in seconds."""
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(start=1e6 * start, end=1e6 * end),
+        thread=thread,
+        device_type=device_type,
+        is_user_annotation=is_user_annotation,
+    )
 
+
+def test_parts_of_a_step_on_a_cpu():
+    events = [
+        event("enumerate(DataLoader)#_MultiProcessingDataLoaderIter.__next__", 0, 1),
+        event("aten::mm", 1, 4),
+        event("aten::addmm", 3, 5),
+        event("gloo:all_reduce", 4, 7, thread=2),
+        event("aten::add", 6, 7, thread=2),  # gloo's own work
+        event("Optimizer.step#AdamW.step", 7, 8),
+        event("aten::_foreach_add_", 7, 8),
+    ]
+    parts = measure.parts_of(events, 10.0, on_gpu=False)
+    assert parts == pytest.approx(
+        dict(compute=4, optimizer=1, exposed=2, data=1, other=2, hidden=1)
+    )
+
+
+def test_parts_of_a_step_on_a_gpu():
+    on_gpu = dict(device_type=DeviceType.CUDA)
+    events = [
+        event("aten::mm", 0, 9),  # the host's part is not counted
+        event("sm90_gemm", 1, 5, **on_gpu),
+        event("ncclDevKernel_AllReduce", 4, 7, **on_gpu),
+        event("Optimizer.step#AdamW.step", 7, 8, is_user_annotation=True, **on_gpu),
+        event("multi_tensor_apply_kernel", 7, 8, **on_gpu),
+    ]
+    parts = measure.parts_of(events, 8.5, on_gpu=True)
+    assert parts == pytest.approx(
+        dict(compute=4, optimizer=1, exposed=2, data=0, other=1.5, hidden=1)
+    )
+
+
+# ---- the command line and the results file ----
+
+
+def test_all_runs_every_mode():
+    args = bench.parse(["all", "--device=cpu", "--rounds=3"])
+    runs = bench.runs(args)
+    assert {mode for mode, _ in runs} == bench.MODES.keys()
+    assert [(a.model, a.batch) for mode, a in runs if mode == "step"] == [
+        ("ViT-B-32", 32),
+        ("RN50", 16),
+        ("ViT-B-16", 16),
+    ]
+    assert all(a.rounds == 3 for _, a in runs)
+
+
+def test_a_mode_has_its_own_defaults_and_the_command_line_wins():
+    def only_run(*words):
+        ((_, args),) = bench.runs(bench.parse([*words, "--device=cpu"]))
+        return args
+
+    assert (only_run("loss").model, only_run("loss").batch) == ("ViT-B-16", 640)
+    assert (only_run("loss", "--batch=8").model, only_run("loss", "--batch=8").batch) == (
+        "ViT-B-16",
+        8,
+    )
+    assert only_run("step").numbers == {}
+    assert only_run("step", TOY_RESNET).numbers["vision_layers"] == (1, 1, 1, 1)
+
+
+def test_results_of_the_readme_are_read_merged_and_drawn(tmp_path, monkeypatch):
+    path = tmp_path / "b.json"
+    shutil.copy(os.path.join(ROOT, "assets", "bench_cpu.json"), path)
+    before = json.loads(path.read_text())
+    monkeypatch.setattr(report, "machine", lambda: before["machine"])
+
+    row = {key: value for key, value in before["rows"][0].items() if key not in PROVENANCE}
+    rows = report.save([row], str(path))
+    assert len(rows) == len(before["rows"])
+    assert rows[-1]["side"] == row["side"]
+    assert rows[-1]["versions"].keys() == VERSIONS
+
+    picture.draw(rows, str(tmp_path / "b.png"))
+    assert (tmp_path / "b.png").stat().st_size > 100_000
+    report.print_table(rows)
+
+
+def test_commit_is_empty_where_there_is_none(tmp_path, monkeypatch):
+    assert report.commit(str(tmp_path)) == "", "not a clone"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.commit() == "", "no git"
+
+
+def test_results_of_another_machine_are_refused(tmp_path):
     (tmp_path / "b.json").write_text('{"machine": {"cpu": "another"}, "rows": []}')
     with pytest.raises(ConfigError, match="another machine"):
         bench.main(["step", f"--out={tmp_path}/b.json"])  # before anything is measured
+
+
+def test_a_results_file_in_no_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no folder"):
         report.check(str(tmp_path / "no" / "b.json"))
-    for words in (["wire", "--ranks=1"], ["plan", "--check_ranks", "1"]):
-        with pytest.raises(ConfigError, match="2 of them or more"):
-            bench.parse(words)
+
+
+@pytest.mark.parametrize("words", [("wire", "--ranks=1"), ("plan", "--check_ranks", "1")])
+def test_what_is_sent_needs_two_ranks(words):
+    with pytest.raises(ConfigError, match="2 of them or more"):
+        bench.parse(words)
+
+
+def test_too_few_images_are_refused():
+    args = bench.parse(["loader", "--images=24", "--size=32"])
     with pytest.raises(ConfigError, match="fewer than two batches"):
-        bench.loader(harness.changed(bench.parse(["loader", "--images=24", "--size=32"]), batch=16))
+        loader.run(harness.changed(args, batch=16))
+
+
+def test_a_folder_without_the_released_code_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="git clone"):
         baselines.released(str(tmp_path))
+
+
+def test_without_open_clip_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise ImportError("No module named 'open_clip'")
+
     monkeypatch.setattr(baselines.importlib, "import_module", missing)
     with pytest.raises(ConfigError, match="pip install open_clip_torch"):
         bench.main(["step"])
+
+
+def test_what_a_process_raises_reaches_the_command():
+    args = bench.parse(["plan", *TOY])
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        harness.on_ranks(1, divide_by_zero, args)
+
+
+def divide_by_zero(args):
+    yield 1 / 0

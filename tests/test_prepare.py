@@ -1,4 +1,4 @@
-"""prepare.py without a network: a fake npm on the PATH hands out two tiny iconify packages."""
+"""tools/prepare.py without a network: a fake npm on the PATH has two tiny iconify packages."""
 
 import collections
 import hashlib
@@ -11,11 +11,11 @@ import tarfile
 import pytest
 
 pytest.importorskip("resvg_py")
-pytest.importorskip("webdataset")
-import webdataset
-from PIL import Image
+webdataset = pytest.importorskip("webdataset")
 
-from tools import prepare
+from PIL import Image  # noqa: E402 (after the skip)
+
+from tools import prepare  # noqa: E402
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
@@ -34,7 +34,7 @@ TRAIN_ICONS = {
         "green-box": square("#0f0"),
         "blue-box": square("#00f"),
         "gone": {**square("#123"), "hidden": True},
-        "words": {"body": '<text x="2" y="9">a</text>'},  # blank: no fonts
+        "words": {"body": '<text x="2" y="9">a</text>'},  # blank: there are no fonts
         "broken": {"body": "<rect"},
         "police-car-light": square("#808"),  # not a skin tone
         **{f"wave-{tone}": square("#a52", 2 + i) for i, tone in enumerate(TONES)},
@@ -42,7 +42,8 @@ TRAIN_ICONS = {
 }
 TEST_ICONS = {
     "width": 16,
-    "icons": {  # the height is iconify's default, 16
+    # No height: iconify's default is 16.
+    "icons": {
         "red-box": square("#e00", 4),
         "blue-box": square("#00e", 4),
         "same-as-train": square("#f00"),
@@ -57,30 +58,30 @@ INFO = {
 }
 
 
+FAKE_NPM = """#!{python}
+import pathlib, shutil, sys
+assert sys.argv[1] == "pack"
+open({log!r}, "a").write(sys.argv[2] + "\\n")
+name, version = sys.argv[2].removeprefix("@iconify-json/").split("@")
+file = pathlib.Path({store!r}) / f"iconify-json-{{name}}-{{version}}.tgz"
+if not file.exists():
+    sys.exit("npm error: ENOTFOUND, no such host")
+shutil.copy(file, ".")
+"""
+
+
 @pytest.fixture
 def npm(tmp_path, monkeypatch):
     """A fake npm first on the PATH. Returns its log: the packages asked for, one a line."""
     store = tmp_path / "store"
     store.mkdir()
-    for name, icons in (("boxes", TRAIN_ICONS), ("crates", TEST_ICONS)):
-        with tarfile.open(store / f"iconify-json-{name}-1.0.0.tgz", "w:gz") as tar:
-            for file, content in (("icons", icons), ("info", INFO)):
-                data = json.dumps(content).encode()
-                member = tarfile.TarInfo(f"package/{file}.json")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    log, script = tmp_path / "log", tmp_path / "bin" / "npm"
+    write_package(store / "iconify-json-boxes-1.0.0.tgz", TRAIN_ICONS)
+    write_package(store / "iconify-json-crates-1.0.0.tgz", TEST_ICONS)
+
+    log = tmp_path / "log"
+    script = tmp_path / "bin" / "npm"
     script.parent.mkdir()
-    script.write_text(f"""#!{sys.executable}
-import pathlib, shutil, sys
-assert sys.argv[1] == "pack"
-open({str(log)!r}, "a").write(sys.argv[2] + "\\n")
-name, version = sys.argv[2].removeprefix("@iconify-json/").split("@")
-file = pathlib.Path({str(store)!r}) / f"iconify-json-{{name}}-{{version}}.tgz"
-if not file.exists():
-    sys.exit("npm error: ENOTFOUND, no such host")
-shutil.copy(file, ".")
-""")
+    script.write_text(FAKE_NPM.format(python=sys.executable, log=str(log), store=str(store)))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
     monkeypatch.setattr(prepare, "EMOJI_TRAIN", {"boxes": "1.0.0"})
@@ -88,20 +89,33 @@ shutil.copy(file, ".")
     return log
 
 
+def write_package(path, icons):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in (("icons", icons), ("info", INFO)):
+            text = json.dumps(content).encode()
+            member = tarfile.TarInfo(f"package/{name}.json")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+
+
 def build(out, *more):
     prepare.main(["emoji", "--out", str(out), "--workers", "1", *more])
 
 
-def files(folder):
+def hashes(folder):
+    """{relative path: SHA-256} of all files in the folder."""
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
     }
 
 
 def read(pattern):
     return list(webdataset.WebDataset(str(pattern), shardshuffle=False))
+
+
+# ---- captions ----
 
 
 @pytest.mark.parametrize(
@@ -118,35 +132,41 @@ def read(pattern):
         ("1st-place-medal", "1st place medal"),
     ],
 )
-def test_caption_rule(name, caption):
+def test_a_caption_is_the_name_with_skin_tones_last(name, caption):
     assert prepare.caption_of(name) == caption
 
 
-def test_icons_leave_out_hidden_and_aliases_and_put_plain_names_first():
+def test_icons_exclude_hidden_ones_and_aliases_and_put_plain_names_first():
     captions = [icon["caption"] for icon in prepare.icons_of(TRAIN_ICONS)]
     assert captions.index("red box") < captions.index("another red box")
-    assert "gone" not in captions and "crimson box" not in captions
-    assert (
-        "police car light" in captions
-        and "wave, medium dark skin tone" in captions
-        and "wave dark" not in captions
-    )
+    assert "gone" not in captions
+    assert "crimson box" not in captions
+
+
+def test_a_tone_without_suffix_needs_all_five_tones():
+    captions = [icon["caption"] for icon in prepare.icons_of(TRAIN_ICONS)]
+    assert "wave, medium dark skin tone" in captions
+    assert "wave dark" not in captions
+    assert "police car light" in captions
+
+
+# ---- pictures ----
 
 
 def test_render_is_rgb_and_keeps_proportions():
-    icon = {
-        "body": '<rect width="16" height="32" fill="#f00"/>',
-        "left": 0,
-        "top": 0,
-        "width": 16,
-        "height": 32,
-    }
+    body = '<rect width="16" height="32" fill="#f00"/>'
+    icon = {"body": body, "left": 0, "top": 0, "width": 16, "height": 32}
+    red = (255, 0, 0)
+    white = (255, 255, 255)
+
     image = Image.open(io.BytesIO(prepare.render(icon)))
-    assert (image.format, image.size, image.mode) == ("PNG", (64, 64), "RGB")
-    assert image.getpixel((32, 1)) == image.getpixel((32, 62)) == (255, 0, 0)  # full height
-    assert (
-        image.getpixel((14, 32)) == image.getpixel((49, 32)) == (255, 255, 255)
-    )  # half the width, centred
+    assert image.format == "PNG"
+    assert image.size == (64, 64)
+    assert image.mode == "RGB"
+    # Full height; half the width, centred.
+    assert image.getpixel((32, 1)) == image.getpixel((32, 62)) == red
+    assert image.getpixel((14, 32)) == image.getpixel((49, 32)) == white
+
     with pytest.raises(ValueError):
         prepare.render({**icon, "body": "<rect"})
     with pytest.raises(ValueError, match="blank"):
@@ -157,75 +177,110 @@ def test_one_bad_drawing_is_counted_not_fatal():
     samples = [{**icon, "source": "boxes"} for icon in prepare.icons_of(TRAIN_ICONS)]
     dropped = collections.Counter()
     kept = prepare.draw(samples, set(), 1, dropped)
-    assert (
-        sorted(dropped.values()) == [1, 1, 1] and len(kept) == len(samples) - 3
-    )  # blank, broken, same pixels
+    assert dropped == {
+        "blank (text, drawn without fonts)": 1,
+        "failed to render": 1,
+        "same pixels as an earlier one": 1,
+    }
+    assert len(kept) == len(samples) - 3
 
 
-def test_build(npm, tmp_path):
+# ---- the set ----
+
+
+def test_the_training_set(npm, tmp_path):
     out = tmp_path / "emoji"
     build(out)
     train = read(out / "train" / "00000.tar")
-    assert sorted(s["txt"].decode() for s in train) == sorted(
-        ["red box", "green box", "blue box", "police car light"]
-        + [f"wave, {t.replace('-', ' ')} skin tone" for t in TONES]
+    captions = [sample["txt"].decode() for sample in train]
+    waves = [f"wave, {tone.replace('-', ' ')} skin tone" for tone in TONES]
+    assert sorted(captions) == sorted(
+        ["red box", "green box", "blue box", "police car light", *waves]
     )
-    assert [s["__key__"] for s in train] == [f"{i:09d}" for i in range(9)]
-    for sample in train:
-        image, meta = Image.open(io.BytesIO(sample["png"])), json.loads(sample["json"])
-        assert image.size == (64, 64) and image.mode == "RGB"
-        assert meta["key"] == sample["__key__"] and meta["caption"] == sample["txt"].decode()
-        assert (meta["source"], meta["license"], meta["status"]) == ("boxes", "MIT", "success")
-        assert meta["name"] in TRAIN_ICONS["icons"]  # as the package spells it: it can be looked up
-    assert json.loads((out / "train" / "00000_stats.json").read_text()) == {
-        "count": 9,
-        "successes": 9,
-    }
+    assert [sample["__key__"] for sample in train] == [f"{i:09d}" for i in range(9)]
 
-    test = read(out / "test" / "00000.tar")
-    classes = (out / "test" / "classnames.txt").read_text().splitlines()
-    assert classes == ["blue box", "red box", "tall"]  # no skin tones, no picture seen in training
-    assert sorted(int(s["cls"]) for s in test) == [0, 1, 2]
-    assert all(classes[int(s["cls"])] == s["txt"].decode() for s in test)
-    assert (out / "test" / "zeroshot_classification_templates.txt").read_text() == "{c}\n"
-    text = (out / "README.md").read_text()
-    assert (
-        "@iconify-json/boxes 1.0.0 | 9 | [MIT]" in text
-        and "@iconify-json/crates 1.0.0 | 3 |" in text
-    )
+    for sample in train:
+        image = Image.open(io.BytesIO(sample["png"]))
+        assert image.size == (64, 64)
+        assert image.mode == "RGB"
+
+        meta = json.loads(sample["json"])
+        assert meta["key"] == sample["__key__"]
+        assert meta["caption"] == sample["txt"].decode()
+        assert meta["source"] == "boxes"
+        assert meta["license"] == "MIT"
+        assert meta["status"] == "success"
+        # As the package spells it, so that it can be looked up there.
+        assert meta["name"] in TRAIN_ICONS["icons"]
+
+    stats = json.loads((out / "train" / "00000_stats.json").read_text())
+    assert stats == {"count": 9, "successes": 9}
     assert not (tmp_path / "emoji.tmp").exists()
 
 
+def test_the_test_set_has_no_skin_tones_and_no_picture_of_the_training_set(npm, tmp_path):
+    out = tmp_path / "emoji"
+    build(out)
+    test = read(out / "test" / "00000.tar")
+    classes = (out / "test" / "classnames.txt").read_text().splitlines()
+    assert classes == ["blue box", "red box", "tall"]
+    assert sorted(int(sample["cls"]) for sample in test) == [0, 1, 2]
+    for sample in test:
+        assert classes[int(sample["cls"])] == sample["txt"].decode()
+    templates = (out / "test" / "zeroshot_classification_templates.txt").read_text()
+    assert templates == "{c}\n"
+
+
+def test_the_readme_names_packages_counts_and_licences(npm, tmp_path):
+    build(tmp_path / "emoji")
+    text = (tmp_path / "emoji" / "README.md").read_text()
+    assert text.startswith(prepare.TITLE)
+    assert "9 training pairs with 9 distinct captions, and 3 test images of 3 classes" in text
+    assert "@iconify-json/boxes 1.0.0 | 9 | [MIT]" in text
+    assert "@iconify-json/crates 1.0.0 | 3 |" in text
+    assert "- 1 pictures: failed to render" in text
+
+
 def test_same_bytes_each_time_and_force(npm, tmp_path, capsys):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
     build(one)
     build(two)
-    first = files(one)
-    assert first == files(two) and len(first) == 7
+    first = hashes(one)
+    assert first == hashes(two)
+    assert len(first) == 7
+
     capsys.readouterr()
     build(one)
     assert "finished already" in capsys.readouterr().out
+
     (one / "train" / "00000.tar").unlink()
     build(one, "--force")
-    assert files(one) == first and not (tmp_path / "one.old").exists()
-    assert npm.read_text().count("boxes") == 2  # once per cache: --force did not download again
+    assert hashes(one) == first
+    assert not (tmp_path / "one.old").exists()
+    # Once per cache: --force did not download again.
+    assert npm.read_text().count("boxes") == 2
 
 
 def test_interrupted_run_leaves_no_half_set(npm, tmp_path, monkeypatch):
-    out, write = tmp_path / "emoji", prepare.write_shards
+    out = tmp_path / "emoji"
+    write_shards = prepare.write_shards
 
     def stop_before_test(samples, folder):
         if folder.name == "test":
             raise KeyboardInterrupt
-        write(samples, folder)
+        write_shards(samples, folder)
 
     monkeypatch.setattr(prepare, "write_shards", stop_before_test)
     with pytest.raises(SystemExit, match="interrupted"):
         build(out)
-    assert not out.exists() and (tmp_path / "emoji.tmp" / "train").exists()
-    monkeypatch.setattr(prepare, "write_shards", write)
+    assert not out.exists()
+    assert (tmp_path / "emoji.tmp" / "train").exists()
+
+    monkeypatch.setattr(prepare, "write_shards", write_shards)
     build(out)
-    assert (out / "test" / "classnames.txt").exists() and not (tmp_path / "emoji.tmp").exists()
+    assert (out / "test" / "classnames.txt").exists()
+    assert not (tmp_path / "emoji.tmp").exists()
     assert npm.read_text().splitlines() == [
         "@iconify-json/boxes@1.0.0",
         "@iconify-json/crates@1.0.0",
@@ -233,42 +288,59 @@ def test_interrupted_run_leaves_no_half_set(npm, tmp_path, monkeypatch):
 
 
 def test_shards_are_cut_and_mixed(tmp_path):
-    samples = [
-        {"png": b"x", "caption": str(i), "source": "s", "name": str(i), "license": "MIT"}
-        for i in range(25)
-    ]
-    prepare.write_shards(samples, tmp_path / "train", per_shard=10)
-    got = read(tmp_path / "train" / "{00000..00002}.tar")
-    captions = [int(s["txt"]) for s in got]
-    assert sorted(captions) == list(range(25)) and sorted(captions[:10]) != list(range(10))
-    assert [s["__key__"] for s in got] == [f"{i:09d}" for i in range(25)]
-    assert [
-        json.loads((tmp_path / "train" / f"0000{i}_stats.json").read_text())["successes"]
-        for i in range(3)
-    ] == [10, 10, 5]
-    with tarfile.open(tmp_path / "train" / "00000.tar") as tar:
+    samples = []
+    for i in range(25):
+        about = {"caption": str(i), "source": "s", "name": str(i), "license": "MIT"}
+        samples.append({"png": b"x", **about})
+    folder = tmp_path / "train"
+    prepare.write_shards(samples, folder, per_shard=10)
+
+    written = read(folder / "{00000..00002}.tar")
+    assert [sample["__key__"] for sample in written] == [f"{i:09d}" for i in range(25)]
+    numbers = [int(sample["txt"]) for sample in written]
+    assert sorted(numbers) == list(range(25))
+    assert sorted(numbers[:10]) != list(range(10))
+
+    stats = [json.loads((folder / f"0000{i}_stats.json").read_text()) for i in range(3)]
+    assert [each["successes"] for each in stats] == [10, 10, 5]
+    with tarfile.open(folder / "00000.tar") as tar:
         assert all(member.mtime == 0 for member in tar)
 
 
-def test_errors_say_what_to_do(npm, tmp_path, monkeypatch, capsys):
+# ---- what is refused ----
+
+
+def test_an_unknown_set_is_refused(capsys):
     with pytest.raises(SystemExit):
         prepare.main(["emojis"])
     assert "choose from" in capsys.readouterr().err
-    foreign = tmp_path / "mine"
-    foreign.mkdir()
+
+
+def test_a_folder_of_something_else_is_not_overwritten(npm, tmp_path):
+    (tmp_path / "mine").mkdir()
     with pytest.raises(SystemExit, match="not a finished"):
-        build(foreign, "--force")
+        build(tmp_path / "mine", "--force")
+    assert (tmp_path / "mine").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(npm, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot write"):
         build(tmp_path / "file" / "emoji")
+
+
+def test_a_failed_download_says_what_to_do(npm, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "EMOJI_TEST", {"crates": "9.9.9"})
-    with pytest.raises(
-        SystemExit, match="(?s)pack @iconify-json/crates@9.9.9` failed.*ENOTFOUND.*Run again.*copy"
-    ):
+    expected = "(?s)pack @iconify-json/crates@9.9.9` failed.*ENOTFOUND.*Run again.*copy"
+    with pytest.raises(SystemExit, match=expected):
         build(tmp_path / "emoji")
     assert not (tmp_path / "emoji").exists()
-    monkeypatch.setattr(prepare, "EMOJI_TEST", {"crates": "1.0.0"})
-    (tmp_path / "emoji.cache" / "iconify-json-crates-1.0.0.tgz").write_bytes(b"torn")
+
+
+def test_a_torn_download_is_named(npm, tmp_path):
+    cache = tmp_path / "emoji.cache"
+    cache.mkdir()
+    (cache / "iconify-json-crates-1.0.0.tgz").write_bytes(b"torn")
     with pytest.raises(SystemExit, match="delete it"):
         build(tmp_path / "emoji")
 
