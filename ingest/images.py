@@ -40,7 +40,7 @@ JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 
-# torchvision 0.29 announces that its decoders will move to TorchCodec. A run can do nothing about it.
+# torchvision 0.29 announces that its decoders will move to TorchCodec: nothing a run can act on.
 warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
 
 
@@ -452,7 +452,7 @@ def groups_to_decode(jpegs, boxes):
 
 
 def crop_on_device(image, box, size):
-    """A decoded image uint8 [3, h, w] -> its crop, float [3, size, size] of whole numbers 0..255."""
+    """A decoded image uint8 [3, h, w] -> its crop, float [3, size, size], whole numbers 0..255."""
     bottom = box.top + box.height
     right = box.left + box.width
     crop = image[None, :, box.top : bottom, box.left : right].float()  # CUDA resizes only floats

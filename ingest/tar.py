@@ -114,7 +114,7 @@ def read(tar, entry):
     return content
 
 
-def captions(files, caption_key):
+def captions(files, caption_key, lines=False):
     """The captions among {extension: bytes} -> list of str of up to MAX_CHARACTERS, none of them empty. BadSample if there is none."""
     try:
         value = (
@@ -124,6 +124,8 @@ def captions(files, caption_key):
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSample("no caption") from error
+    if lines and isinstance(value, str):
+        value = value.split("\n")
     texts = [
         text.strip()
         for text in (value if isinstance(value, list) else [value])

@@ -35,7 +35,7 @@ PIECE = regex.compile(
 # Matches text in which cleaning changes nothing but whitespace: printable ASCII without "&", and
 # \t \n \f \r. In ASCII, ftfy only decodes "&...;", drops control characters and terminal escapes
 # (which start with one) and turns \r into \n; html.unescape only acts on "&". \v and \x1c-\x1f are
-# excluded: str.split takes them for whitespace, but ftfy deletes them and so joins their neighbours.
+# excluded: str.split takes them for whitespace, but ftfy deletes them, joining their neighbours.
 IS_CLEAN = re.compile(r"[\t\n\f\r -%'-~]*").fullmatch
 
 # Captions from the web always bring new words, so the cache of words is bounded. A full cache is

@@ -50,7 +50,7 @@ def photo(number, width, height, **options):
 
 
 def crop_of(content, seed, size=224, decoder="torchvision", scale=(0.9, 1.0)):
-    _, height, width = images.encoded({"jpg": content})
+    _, height, width = images.encoded_image({"jpg": content})
     return images.training_image(
         content, height, width, np.random.default_rng(seed), size, scale, decoder
     )
@@ -218,9 +218,9 @@ def test_what_the_device_decodes(device):
         images.encoded_crop(content, *size, np.random.default_rng(i), 64, (0.5, 1.0))
         for i, (content, size) in enumerate(zip(contents, sizes))
     ]
-    parts = [images.batched(cut[:2]), images.batched(cut[2:])]
+    parts = [images.stack_crops(cut[:2]), images.stack_crops(cut[2:])]
     assert all(isinstance(part, images.Encoded) for part in parts)
-    crops, source = images.decoded_on_device(parts, 64, torch.device(device))
+    crops, source = images.decode_on_device(parts, 64, torch.device(device))
     assert (
         crops.shape == (5, 3, 64, 64)
         and crops.dtype == torch.uint8
@@ -236,18 +236,18 @@ def test_what_the_device_decodes(device):
             contents[3][:-500], *sizes[3], np.random.default_rng(0), 64, (0.5, 1.0)
         )  # broken off: seen before a GPU sees it
     large = photo(3, 900, 800)  # to a fiftieth: by way of an average of 3 x 3 pixels
-    crop = images.batched(
+    crop = images.stack_crops(
         [images.encoded_crop(large, 800, 900, np.random.default_rng(3), 16, (0.9, 1.0))]
     )
     assert (
         distance(
-            images.decoded_on_device([crop], 16, torch.device(device))[0][0].cpu(),
+            images.decode_on_device([crop], 16, torch.device(device))[0][0].cpu(),
             crop_of(large, 3, 16, scale=(0.9, 1.0)),
         )
         < 1.5
     )
     with pytest.raises(images.BadSample, match="none of the 1 images"):
-        images.decoded_on_device([images.batched(cut[1:2])], 64, torch.device(device))
+        images.decode_on_device([images.stack_crops(cut[1:2])], 64, torch.device(device))
 
 
 def test_a_loader_that_leaves_decoding_to_the_device(tmp_path, monkeypatch):
