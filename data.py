@@ -355,7 +355,7 @@ class Lane:
         )
 
     def candidates(self, part, position):
-        """Ids to try for a position: its own, the rest of the block, then those behind the block."""
+        """Ids to try for a position: its own, the rest of the block, then those behind it."""
         i = position - part.block_start
         yield from self.block_ids[i:]
         yield from self.block_ids[:i]
