@@ -12,17 +12,17 @@ on any number of GPUs. An example:
     1. Permute the shards and lay them end to end. This is the line.
             0  1  2 |  8  9 10 11 12 13 |  3  4  5  6  7          A, C, B
 
-    2. Rotate the line by a random offset, here 4: otherwise a sample that begins the first shard
-       would never be left over in step 3.
+    2. Rotate the line by a random offset, here 4, so that over many epochs every sample is at the
+       edge of a lane, and left over in step 3, equally often.
             9 10 11 12 13 |  3  4  5  6  7 |  0  1  2 |  8
 
-    3. Cut it into lanes of equal length. The rest does not fill a global batch and is left over;
-       in another epoch it will be another one.
-            9 10 11 12 13  3  |  4  5  6  7  0  1  |  2  8        lane 0, lane 1, left over
+    3. Cut it into lanes of equal length. What is left over does not fill a global batch, and is not
+       used in this epoch.
+            9 10 11 12 13  3 |  4  5  6  7  0  1 |  2  8          lane 0, lane 1, left over
 
     4. Cut the lanes into blocks, and shuffle each block. The first blocks differ in length, so that
        the lanes do not all have to read a new block in the same step.
-           10  9 / 11 13 12 / 3  |  6  5  4 / 1  7  0
+           10  9/11 13 12/ 3 |  6  5  4/ 1  7  0
 
     5. Every step takes batch_size / lanes = 2 samples from each lane.
            10  9  6  5                                            step 0
