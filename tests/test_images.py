@@ -1,4 +1,4 @@
-"""ingest/images.py: crops, decoders and their distance from Pillow, bad images, device decoding.
+"""ingest/images.py: crops, decoders and their distance from Pillow, bad images, device decoding."""
 
 import builtins
 import functools
