@@ -36,7 +36,7 @@ rank its share. Here, one rank reads both lanes; of two ranks each reads one, an
 the same batches. Within a lane, shards are read forwards, and one block is in memory at a time.
 
 This file in order: the order (Order, batch_ids), a sample (training_sample), a lane that reads its
-blocks (Lane), a rank's loader (Loader). Shards, images, captions and processes are in ingest/.
+blocks (LaneReader), a rank's loader (Loader). Shards, images, captions, processes: see ingest/.
 """
 
 import math
@@ -185,7 +185,7 @@ class Order:
         self.current_line = None
 
     def line(self, epoch):
-        """The Line of an epoch. The last one is kept, as all lanes ask for it in every step."""
+        """The Line of an epoch. The last one is kept, as every lane asks for it."""
         if self.current_epoch != epoch:
             random = rng(self.seed, epoch, FOR_SHARDS)
             shards = random.permutation(len(self.index.counts))
@@ -289,14 +289,14 @@ def training_sample(
     return image, text
 
 
-# ---- a lane ----
+# ---- reading a lane ----
 
 
-class Lane:
+class LaneReader:
     """Reads one lane of an order, a block at a time: all files of a block, still compressed.
 
-    prepare(files, random) makes a sample of the files, as training_sample does.
-    Resuming reads the block around the current position and decodes nothing before that position.
+    prepare(files, random) makes a sample of the files, as training_sample does. A run that resumes
+    reads the block around its position, and decodes nothing before that position.
     """
 
     def __init__(self, order, lane, prepare):
@@ -563,7 +563,7 @@ def worker_shares(order, lanes, steps, prepare, context_length, worker, workers)
     """
     per_worker = len(lanes) // workers
     own_lanes = lanes[worker * per_worker : (worker + 1) * per_worker]
-    readers = [Lane(order, lane, prepare) for lane in own_lanes]
+    readers = [LaneReader(order, lane, prepare) for lane in own_lanes]
     tokenize = Tokenizer(context_length)
 
     for step in steps:
