@@ -53,7 +53,7 @@ import torch
 from config import ConfigError
 from ingest.images import (
     BadSample,
-    Encoded,
+    EncodedBatch,
     check_decoder,
     decode_on_device,
     encoded_crop,
@@ -127,28 +127,23 @@ def lanes_and_block(batch_size, lanes="auto", block="auto"):
 
 
 class Line(NamedTuple):
-    """The shards of an epoch, laid end to end.
+    """The n shards of an epoch, laid end to end."""
 
-    shards: int64 [n], the permutation of the shards. ends: int64 [n], the position on the line at
-    which each of them ends. offset: by how much the line is rotated.
-    """
-
-    shards: np.ndarray
-    ends: np.ndarray
-    offset: int
+    shards: np.ndarray  # int64 [n], the permutation of the shards
+    ends: np.ndarray  # int64 [n], the position on the line at which each of them ends
+    offset: int  # by how much the line is rotated
 
 
 class Part(NamedTuple):
     """What one lane contributes to one step, as far as it lies in one block.
 
-    It takes the positions start..end - 1 of the block that has the positions
-    block_start..block_end - 1. All positions are counted from the beginning of the lane.
+    Positions are counted from the beginning of the lane; an end is the position behind the last.
     """
 
     epoch: int
     block_start: int
     block_end: int
-    start: int
+    start: int  # what the step takes of the block
     end: int
 
 
@@ -377,18 +372,13 @@ class LaneReader:
 
 
 class Batch(NamedTuple):
-    """A rank's share of a global batch: b samples.
+    """A rank's share of a global batch: b samples. Images and tokens are on the device."""
 
-    images: uint8 [b, 3, S, S], in channels_last. tokens: int64 [b, L], zero-padded. Both on the
-    device. lengths: int64 [b], of the captions, in tokens. ids: int64 [b]. bad: {reason: how many
-    samples were replaced}. These on the CPU.
-    """
-
-    images: torch.Tensor
-    tokens: torch.Tensor
-    lengths: torch.Tensor
-    ids: torch.Tensor
-    bad: dict
+    images: torch.Tensor  # uint8 [b, 3, S, S], in channels_last
+    tokens: torch.Tensor  # int64 [b, L], zero-padded
+    lengths: torch.Tensor  # int64 [b], of the captions in tokens, on the CPU
+    ids: torch.Tensor  # int64 [b], on the CPU
+    bad: dict  # {reason: how many samples were replaced}
 
 
 class Loader:
@@ -481,7 +471,7 @@ class Loader:
 
         with torch.cuda.stream(stream):  # without effect if it is None
             batch = self.join(shares)
-            if isinstance(images[0], Encoded):
+            if isinstance(images[0], EncodedBatch):
                 batch = self.decode(batch, images)
             else:
                 batch = batch._replace(images=on_device(images, self.device))  # (b, 3, S, S)
@@ -559,7 +549,7 @@ def worker_shares(order, lanes, steps, prepare, context_length, worker, workers)
     """What one worker of a rank does: yield, for every step, a Batch of its own lanes' samples.
 
     lanes: those of the rank; each worker reads len(lanes) / workers neighbouring ones. In these
-    batches, images may be Encoded, and tokens have the full context_length.
+    batches, images may be EncodedBatch, and tokens have the full context_length.
     """
     per_worker = len(lanes) // workers
     own_lanes = lanes[worker * per_worker : (worker + 1) * per_worker]

@@ -9,7 +9,7 @@ the JPEGs of training:
                        as large as the model's input. The finest frequencies are left out instead
                        of averaged away. Faster for large pictures, 1 to 3/255 from Pillow's result.
   nvjpeg               The GPU decodes every pixel (nvJPEG through torchvision). The workers only
-                       read the bytes, draw the crop and hand both over (`Encoded`).
+                       read the bytes, draw the crop and hand both over (EncodedBatch).
 
 WebP is always decoded by torchvision, PNG by Pillow, and everything in evaluation by these two, so
 that results do not depend on a setting.
@@ -322,10 +322,10 @@ def stack_crops(crops):
     """What training_image or encoded_crop made of b images -> one batch.
 
     Of tensors [3, S, S]: uint8 [b, 3, S, S], in channels_last as the crops are. Of encoded crops:
-    an Encoded. In a data worker the batch lies in memory that it shares with the trainer.
+    an EncodedBatch. In a data worker the batch lies in memory that it shares with the trainer.
     """
     if isinstance(crops[0], EncodedCrop):
-        return Encoded(
+        return EncodedBatch(
             data=torch.cat([crop.data for crop in crops]),
             sizes=torch.tensor([len(crop.data) for crop in crops]),
             boxes=torch.tensor([crop.box for crop in crops]),
@@ -339,10 +339,7 @@ def stack_crops(crops):
 
 
 class Box(NamedTuple):
-    """Where a crop lies in its image, and the size that the image declares, in pixels.
-
-    All zero in place of an image whose crop was already made by the worker.
-    """
+    """Where a crop lies in its image, and the size that the image declares. All in pixels."""
 
     top: int
     left: int
@@ -352,24 +349,23 @@ class Box(NamedTuple):
     image_width: int
 
 
+# The box of an image whose crop was already made by the worker.
 ALREADY_CROPPED = Box(0, 0, 0, 0, 0, 0)
 
 
 class EncodedCrop(NamedTuple):
-    """One image for the GPU. data: uint8 [n], the bytes of a JPEG, or the pixels [S, S, 3] of a
-    crop if box is ALREADY_CROPPED."""
+    """One image for the GPU, and which crop of it to take."""
 
-    data: torch.Tensor
+    data: torch.Tensor  # uint8 [n], a JPEG; if ALREADY_CROPPED, the pixels of the crop, (S, S, 3)
     box: Box
 
 
-class Encoded(NamedTuple):
-    """b images for the GPU. data: uint8 [n], those of all images one after the other; sizes: int64
-    [b], the number of bytes of each; boxes: int64 [b, 6], the fields of Box."""
+class EncodedBatch(NamedTuple):
+    """b images for the GPU."""
 
-    data: torch.Tensor
-    sizes: torch.Tensor
-    boxes: torch.Tensor
+    data: torch.Tensor  # uint8 [n], the data of all images, one after the other
+    sizes: torch.Tensor  # int64 [b], the number of bytes of each
+    boxes: torch.Tensor  # int64 [b, 6], the Box of each
 
 
 def encoded_crop(data, height, width, random, size, crop_scale):
@@ -395,7 +391,7 @@ def on_device(parts, device):
 
 
 def decode_on_device(parts, size, device):
-    """One Encoded from each worker -> (crops, source), b images in all.
+    """One EncodedBatch from each worker -> (crops, source), b images in all.
 
     crops: uint8 [b, 3, size, size] on the device. source: int64 [b] on the CPU: which image the
     pixels are of, its own or, if that is corrupt, the next good one. Raises BadSample if all

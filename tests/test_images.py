@@ -325,7 +325,7 @@ def test_what_the_device_decodes(device):
 
     encoded = [encoded_crop_of(content, i, 64) for i, content in enumerate(contents)]
     parts = [images.stack_crops(encoded[:2]), images.stack_crops(encoded[2:])]
-    assert all(isinstance(part, images.Encoded) for part in parts)
+    assert all(isinstance(part, images.EncodedBatch) for part in parts)
 
     crops, source = images.decode_on_device(parts, 64, device)
     assert crops.shape == (5, 3, 64, 64)
