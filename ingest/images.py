@@ -1,13 +1,18 @@
-"""An encoded image, bytes from whoever wrote the shard, to a cropped uint8 tensor.
+"""Encoded images, bytes from whoever wrote the shard, to cropped uint8 tensors.
 
-Nothing is decoded that declares more than MAX_PIXELS. JPEGs of training are decoded by config.decoder:
+An image that declares more than MAX_PIXELS is never decoded. config.decoder chooses what decodes
+the JPEGs of training:
 
-  torchvision          every pixel, then the crop is resized, bicubic and antialiased: within 0.3/255 of Pillow's, in less time
-  pillow, simplejpeg   at 1/2, 1/4 or 1/8 of the size where the crop is still at least as large as the model's input: the finest
-                       frequencies are left out instead of averaged away. Faster for large pictures, and 1 to 3/255 from Pillow's
-  nvjpeg               every pixel, by the GPU (torchvision's nvJPEG): workers only read, draw the crop, and hand over bytes (`Encoded`)
+  torchvision          Decodes every pixel; the crop is then resized, bicubic and antialiased.
+                       Within 0.3/255 of Pillow's result, in less time.
+  pillow, simplejpeg   Decode at 1/2, 1/4 or 1/8 of the size where the crop is then still at least
+                       as large as the model's input. The finest frequencies are left out instead
+                       of averaged away. Faster for large pictures, 1 to 3/255 from Pillow's result.
+  nvjpeg               The GPU decodes every pixel (nvJPEG through torchvision). The workers only
+                       read the bytes, draw the crop and hand both over (EncodedBatch).
 
-WebP is always torchvision's, PNG Pillow's, and evaluation is always torchvision's, so that results do not depend on a setting.
+WebP is always decoded by torchvision, PNG by Pillow, and everything in evaluation by these two, so
+that results do not depend on a setting.
 """
 
 import io
@@ -18,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
@@ -25,9 +31,16 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
 from config import ConfigError
 
 IMAGES = {"jpg", "jpeg", "png", "webp"}
-MAX_PIXELS = 100_000_000  # an image that declares more is not decoded: a file of kilobytes can declare gigabytes
-MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a JPEG: all that have a length
-# torchvision 0.29 announces that its decoders will move to TorchCodec some day; nothing is to be done about it in a run.
+
+# A file of kilobytes can declare gigabytes of pixels.
+MAX_PIXELS = 100_000_000
+
+# The markers of a JPEG that are followed by a length.
+JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+JPEG_START = b"\xff\xd8"
+JPEG_END = b"\xff\xd9"
+
+# torchvision 0.29 announces that its decoders will move to TorchCodec: nothing a run can act on.
 warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
 
 
@@ -35,125 +48,180 @@ class BadSample(Exception):
     """A sample that cannot be used. Its text is the reason under which it is counted."""
 
 
-# ---- decoding ----
+# ---- the header ----
 
 
 def declared_size(data):
-    """An encoded image, bytes -> (height, width) as its header declares them; (0, 0) if it is no JPEG, PNG or WebP, or is broken."""
+    """The size that the header of an encoded image (bytes) declares: (height, width) in pixels.
 
-    def number(start, end, order="big"):
-        return int.from_bytes(data[start:end], order)
-
+    (0, 0) if the image is not a JPEG, PNG or WebP, or if its header is broken.
+    """
     if data[:3] == b"\xff\xd8\xff":
-        at = 2
-        for _ in range(1000):
-            if not (marker := MARKER.search(data, at)):
-                break
-            at = marker.start()
-            if (
-                data[at + 1] >> 4 == 0xC and data[at + 1] not in b"\xc4\xc8\xcc"
-            ):  # a frame, not tables
-                return number(at + 5, at + 7), number(at + 7, at + 9)
-            at += 2 + number(at + 2, at + 4)
-    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
-        return number(20, 24), number(16, 20)
-    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":
-        return number(28, 30, "little") & 0x3FFF, number(26, 28, "little") & 0x3FFF
-    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8L":
-        return (number(22, 25, "little") >> 6 & 0x3FFF) + 1, (number(21, 23, "little") & 0x3FFF) + 1
-    elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
-        return number(27, 30, "little") + 1, number(24, 27, "little") + 1
+        return jpeg_size(data)
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
+        width = int.from_bytes(data[16:20], "big")
+        height = int.from_bytes(data[20:24], "big")
+        return height, width
+    if data[:4] == b"RIFF":
+        return webp_size(data)
     return 0, 0
 
 
-def encoded(files):
-    """The image among {extension: bytes} -> (bytes, declared height, width). BadSample if it is none or too large, or if there are no
-    files."""
+def jpeg_size(data):
+    """As declared_size, for a JPEG: walk over its segments to the first frame header."""
+    position = 2
+    for _ in range(1000):
+        marker = JPEG_MARKER.search(data, position)
+        if marker is None:
+            break
+        position = marker.start()
+        kind = data[position + 1]
+
+        # 0xC0 to 0xCF begin a frame, except for three that hold tables.
+        if kind >> 4 == 0xC and kind not in b"\xc4\xc8\xcc":
+            height = int.from_bytes(data[position + 5 : position + 7], "big")
+            width = int.from_bytes(data[position + 7 : position + 9], "big")
+            return height, width
+
+        segment_length = int.from_bytes(data[position + 2 : position + 4], "big")
+        position += 2 + segment_length
+    return 0, 0
+
+
+def webp_size(data):
+    """As declared_size, for a WebP: lossy (VP8), lossless (VP8L) or extended (VP8X)."""
+    kind = data[8:16]
+    if kind == b"WEBPVP8 ":
+        width = int.from_bytes(data[26:28], "little") & 0x3FFF
+        height = int.from_bytes(data[28:30], "little") & 0x3FFF
+        return height, width
+    if kind == b"WEBPVP8L":
+        width = int.from_bytes(data[21:23], "little") & 0x3FFF
+        height = int.from_bytes(data[22:25], "little") >> 6 & 0x3FFF
+        return height + 1, width + 1
+    if kind == b"WEBPVP8X":
+        width = int.from_bytes(data[24:27], "little")
+        height = int.from_bytes(data[27:30], "little")
+        return height + 1, width + 1
+    return 0, 0
+
+
+def encoded_image(files):
+    """The image among the files of a sample, {extension: bytes} -> (bytes, height, width).
+
+    Height and width are those that its header declares. Raises BadSample if there are no files, if
+    a file was too large to be read, or if the header is broken or declares too many pixels.
+    """
     if not files:
         raise BadSample("missing from shard")
     if None in files.values():
         raise BadSample("file too large")
+
     data = next(files[extension] for extension in files if extension in IMAGES)
     height, width = declared_size(data)
     if height * width > MAX_PIXELS:
         raise BadSample("too many pixels")
-    if not height * width:  # the decoders know more formats: films, for example
+    if height * width == 0:
+        # Without this check the decoders would accept more formats: films, for example.
         raise BadSample("corrupt image")
     return data, height, width
 
 
+# ---- decoding on the CPU ----
+
+
 def decode(files):
-    """The image among {extension: bytes} -> uint8 [3, h, w]. BadSample if it is corrupt or too large, or if there are no files."""
-    return pixels(*encoded(files))
+    """The image among the files of a sample, {extension: bytes} -> uint8 [3, h, w].
+
+    Raises BadSample if it is corrupt or too large, or if there are no files.
+    """
+    data, height, width = encoded_image(files)
+    return pixels(data, height, width)
 
 
 def pixels(data, height, width):
-    """An encoded image of a declared size -> uint8 [3, height, width], in memory [height, width, 3]. BadSample if it is corrupt."""
+    """An encoded image (bytes) of a declared size -> uint8 [3, height, width].
+
+    In memory the channels come last: [height, width, 3]. Raises BadSample if the image is corrupt.
+    """
     try:
         if data[:4] == b"\x89PNG":
             image = decode_png(data)
         else:
-            image = decode_image(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB
-            )
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            image = decode_image(encoded, ImageReadMode.RGB)
         if image.shape != (3, height, width):
-            raise ValueError("its header says otherwise")
+            raise ValueError("its header declares another size")
         return image
     except Exception as error:
         raise BadSample("corrupt image") from error
 
 
 def decode_png(data):
-    """A PNG, bytes -> uint8 [3, h, w]; any exception if it is broken. By Pillow, a quarter slower: one wrong bit in the compressed
-    pixels, and torchvision's decoder (0.29) ends the whole process with a segmentation fault."""
+    """A PNG (bytes) -> uint8 [3, h, w]. Any exception if it is broken.
+
+    By Pillow, although that is a quarter slower: one wrong bit in the compressed pixels, and
+    torchvision's decoder (0.29) ends the whole process with a segmentation fault.
+    """
     image = Image.open(io.BytesIO(data), formats=["PNG"])
-    if image.mode.startswith("I"):  # grey of 16 bits; Pillow itself takes the upper 8 of a colour
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if image.mode.startswith("I"):
+        # Grey of 16 bits: take the upper 8. With colours, Pillow itself does so.
+        upper = np.asarray(image) >> 8
+        image = Image.fromarray(upper.astype(np.uint8))
+    image = np.array(image.convert("RGB"))  # (h, w, 3)
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def scaled_pixels(data, height, width, decoder, by):
-    """A JPEG of a declared size, at 1, 1/2, 1/4 or 1/8 of it -> uint8 [3, height / by, width / by], rounded up. Any exception if it is
-    corrupt, or of a rare kind that the decoder does not know."""
-    h, w = -(-height // by), -(-width // by)
+def scaled_pixels(data, height, width, decoder, factor):
+    """A JPEG (bytes) of a declared size, decoded at 1 / factor of it (1, 2, 4 or 8).
+
+    -> uint8 [3, height / factor, width / factor], rounded up. Any exception if it is corrupt or of
+    a rare kind that the decoder does not know.
+    """
+    h = math.ceil(height / factor)
+    w = math.ceil(width / factor)
+
     if decoder == "pillow":
         image = Image.open(io.BytesIO(data), formats=["JPEG"])
-        image.draft("RGB", (width // by, height // by))
-        image = np.array(
-            image if image.mode == "RGB" else image.convert("RGB")
-        )  # convert would copy
+        image.draft("RGB", (width // factor, height // factor))
+        if image.mode != "RGB":  # otherwise convert would only copy
+            image = image.convert("RGB")
+        image = np.array(image)
     else:
         import simplejpeg
 
         image = simplejpeg.decode_jpeg(data, min_height=h, min_width=w, min_factor=1)
+
     if image.shape != (h, w, 3):
-        raise ValueError("its header says otherwise")
+        raise ValueError("its header declares another size")
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def check_decoder(decoder, device):
-    """ConfigError if what a decoder needs is missing: here, in the trainer, and not in a worker later on."""
+    """Raise ConfigError if something that a decoder needs is missing.
+
+    Called in the trainer, before any data worker would fail because of it.
+    """
     if decoder == "simplejpeg":
         try:
             import simplejpeg  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                f"decoder = 'simplejpeg' needs a package ({error}): pip install simplejpeg, or set decoder = 'pillow', which "
-                "makes nearly the same pixels, or 'torchvision', the default"
+                f"decoder = 'simplejpeg' needs a package ({error}): pip install simplejpeg, or set "
+                "decoder = 'pillow', which makes nearly the same pixels, or 'torchvision', the "
+                "default"
             ) from error
+
     if decoder == "nvjpeg":
         try:
             if device.type != "cuda":
                 raise RuntimeError(f"this run is on {device.type}")
-            decode_jpeg(
-                [encode_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8))],
-                ImageReadMode.RGB,
-                device=device,
-            )
+            black = torch.zeros(3, 8, 8, dtype=torch.uint8)
+            decode_jpeg([encode_jpeg(black)], ImageReadMode.RGB, device=device)
         except RuntimeError as error:
             raise ConfigError(
-                f"decoder = 'nvjpeg' needs a GPU and a torchvision built with nvJPEG ({error}): set decoder = 'torchvision', the "
-                "default, or 'simplejpeg'"
+                "decoder = 'nvjpeg' needs a GPU and a torchvision built with nvJPEG "
+                f"({error}): set decoder = 'torchvision', the default, or 'simplejpeg'"
             ) from error
 
 
@@ -162,159 +230,274 @@ def check_decoder(decoder, device):
 
 def resize(image, height, width):
     """uint8 [3, h, w] -> uint8 [3, height, width], bicubic and antialiased."""
-    image = image.permute(1, 2, 0)[None].permute(
-        0, 3, 1, 2
-    )  # image[None], in strides by which torch sees channels_last: up to a third faster
-    return torch.nn.functional.interpolate(
-        image, size=(height, width), mode="bicubic", antialias=True
-    )[0]
+    # As image[None], but with strides that torch recognises as channels_last. That is up to a
+    # third faster.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+    return F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0]
 
 
 def random_crop(height, width, scale, random):
-    """-> (top, left, height, width) in pixels: a share of the area drawn from `scale`, an aspect ratio drawn log-uniformly from
-    3/4..4/3; when ten draws do not fit into the image, the largest part at its centre with such a ratio. random: has random()."""
+    """Draw the crop of an image -> (top, left, height, width) in pixels.
+
+    Its share of the area is uniform in `scale` = (smallest, largest), its aspect ratio is
+    log-uniform in 3/4..4/3. If ten draws do not fit into the image: the largest part at its centre
+    with an aspect ratio in that range. random: anything with a method random(), uniform in [0, 1).
+    """
+    smallest, largest = scale
     for _ in range(10):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * random.random())
+        share = smallest + (largest - smallest) * random.random()
         ratio = (3 / 4) ** (1 - 2 * random.random())
-        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        area = height * width * share
+        h = round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
-            return (
-                int(random.random() * (height - h + 1)),
-                int(random.random() * (width - w + 1)),
-                h,
-                w,
-            )
+            top = int(random.random() * (height - h + 1))
+            left = int(random.random() * (width - w + 1))
+            return top, left, h, w
+
     ratio = min(max(width / height, 3 / 4), 4 / 3)
-    h, w = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
+    h = max(1, min(height, round(width / ratio)))
+    w = max(1, min(width, round(height * ratio)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def training_image(data, height, width, random, size, crop_scale, decoder="torchvision"):
-    """An encoded image of a declared size, a generator -> a random crop of it, uint8 [3, size, size]. BadSample if it is corrupt.
-    The generator draws the same whatever the decoder; at 1/n of the size the crop's edges are rounded down to multiples of n."""
+    """A random crop of an encoded image (bytes) of a declared size -> uint8 [3, size, size].
+
+    The draws from `random` are the same whatever the decoder. A picture that is decoded at
+    1 / factor of its size has the crop's edges rounded down to multiples of the factor.
+    Raises BadSample if the image is corrupt.
+    """
     top, left, h, w = random_crop(height, width, crop_scale, random)
-    by, image = 1, None
-    if decoder != "torchvision" and data[:2] == b"\xff\xd8":
-        by = max(n for n in (1, 2, 4, 8) if n == 1 or min(h, w) // n >= size)
+
+    factor = 1
+    image = None
+    if decoder != "torchvision" and data[:2] == JPEG_START:
+        factor = reduction(h, w, size)
         try:
-            image = scaled_pixels(data, height, width, decoder, by)
+            image = scaled_pixels(data, height, width, decoder, factor)
         except Exception:
-            by = 1  # torchvision decides whether it is corrupt
+            # Leave the decision whether it is corrupt to torchvision, below.
+            factor = 1
     if image is None:
         image = pixels(data, height, width)
-    top, left, h, w = top // by, left // by, h // by, w // by
+
+    top //= factor
+    left //= factor
+    h //= factor
+    w //= factor
     return resize(image[:, top : top + h, left : left + w], size, size)
 
 
-# ---- decoded by the GPU ----
+def reduction(height, width, size):
+    """By which of 1, 2, 4, 8 a crop can be reduced and still not have to be enlarged to `size`."""
+    shorter = min(height, width)
+    for factor in (8, 4, 2):
+        if shorter // factor >= size:
+            return factor
+    return 1
 
 
-class Encoded(NamedTuple):
-    """b images to be decoded on the device. data: uint8 [n], one after the other; sizes: int64 [b], bytes of each; boxes: int64 [b, 6], the
-    crop (top, left, height, width) and the declared height and width; where they are 0, the bytes are the pixels of a crop already."""
+def evaluation_image(files, size):
+    """The image among {extension: bytes} -> uint8 [3, size, size], without any randomness.
 
-    data: torch.Tensor
-    sizes: torch.Tensor
-    boxes: torch.Tensor
+    The shorter side is resized to `size`, then the centre is cut out. Raises BadSample with the
+    reason if the image cannot be used.
+    """
+    image = decode(files)
+    height, width = image.shape[1:]
+    shorter = min(height, width)
+    h = size * height // shorter
+    w = size * width // shorter
+    if h * w > MAX_PIXELS:
+        # Only an extremely long and narrow image can grow this much.
+        raise BadSample("too many pixels")
+
+    top = round((h - size) / 2)
+    left = round((w - size) / 2)
+    return resize(image, h, w)[:, top : top + size, left : left + size]
+
+
+def stack_crops(crops):
+    """What training_image or encoded_crop made of b images -> one batch.
+
+    Of tensors [3, S, S]: uint8 [b, 3, S, S], in channels_last as the crops are. Of encoded crops:
+    an EncodedBatch. In a data worker the batch lies in memory that it shares with the trainer.
+    """
+    if isinstance(crops[0], EncodedCrop):
+        return EncodedBatch(
+            data=torch.cat([crop.data for crop in crops]),
+            sizes=torch.tensor([len(crop.data) for crop in crops]),
+            boxes=torch.tensor([crop.box for crop in crops]),
+        )
+    # default_collate is torch.stack and, in a worker, puts the result into shared memory.
+    batch = default_collate([crop.permute(1, 2, 0) for crop in crops])  # (b, S, S, 3)
+    return batch.permute(0, 3, 1, 2)
+
+
+# ---- decoding on the GPU ----
+
+
+class Box(NamedTuple):
+    """Where a crop lies in its image, and the size that the image declares. All in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    image_height: int
+    image_width: int
+
+
+# The box of an image whose crop was already made by the worker.
+ALREADY_CROPPED = Box(0, 0, 0, 0, 0, 0)
+
+
+class EncodedCrop(NamedTuple):
+    """One image for the GPU, and which crop of it to take."""
+
+    data: torch.Tensor  # uint8 [n], a JPEG; if ALREADY_CROPPED, the pixels of the crop, (S, S, 3)
+    box: Box
+
+
+class EncodedBatch(NamedTuple):
+    """b images for the GPU."""
+
+    data: torch.Tensor  # uint8 [n], the data of all images, one after the other
+    sizes: torch.Tensor  # int64 [b], the number of bytes of each
+    boxes: torch.Tensor  # int64 [b, 6], the Box of each
 
 
 def encoded_crop(data, height, width, random, size, crop_scale):
-    """As training_image, but what is a JPEG, and whole, stays one -> (uint8 [n], box [6]). nvJPEG does not say where one broke off."""
-    if data[:2] == b"\xff\xd8" and b"\xff\xd9" in data[-64:]:
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.tensor(
-            [*random_crop(height, width, crop_scale, random), height, width]
-        )
-    return training_image(data, height, width, random, size, crop_scale).permute(
-        1, 2, 0
-    ).flatten(), torch.zeros(6, dtype=torch.int64)
+    """As training_image, but leaves a JPEG to the GPU -> EncodedCrop.
 
-
-def batched(crops):
-    """What training_image, or encoded_crop, made of b images -> uint8 [b, 3, S, S] in channels_last as the crops are, or an Encoded."""
-    if isinstance(crops[0], tuple):
-        parts, boxes = zip(*crops)
-        return Encoded(
-            torch.cat(parts), torch.tensor([len(part) for part in parts]), torch.stack(boxes)
-        )
-    return default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(
-        0, 3, 1, 2
-    )  # torch.stack; a worker's, into shared memory
+    A JPEG that breaks off is decoded here, as nvJPEG does not report where one ended.
+    """
+    if data[:2] == JPEG_START and JPEG_END in data[-64:]:
+        top, left, h, w = random_crop(height, width, crop_scale, random)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return EncodedCrop(encoded, Box(top, left, h, w, height, width))
+    crop = training_image(data, height, width, random, size, crop_scale)  # (3, S, S)
+    return EncodedCrop(crop.permute(1, 2, 0).flatten(), ALREADY_CROPPED)
 
 
 def on_device(parts, device):
-    """Tensors of several workers -> one, on the device. Each travels by itself: it is pinned, what they are together would not be."""
+    """One tensor from each worker -> all of them as one tensor on the device.
+
+    They are copied one by one: each lies in pinned memory, their concatenation would not.
+    """
     parts = [part.to(device, non_blocking=True) for part in parts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def decoded_on_device(parts, size, device):
-    """Encodeds of several workers -> (uint8 [b, 3, size, size] on the device, int64 [b] whose pixels they are: each one's own or, of a corrupt
-    one, the next good one's). BadSample if all are corrupt."""
-    data = [image for part in parts for image in part.data.split(part.sizes.tolist())]
-    boxes = [box for part in parts for box in part.boxes.tolist()]
+def decode_on_device(parts, size, device):
+    """One EncodedBatch from each worker -> (crops, source), b images in all.
+
+    crops: uint8 [b, 3, size, size] on the device. source: int64 [b] on the CPU: which image the
+    pixels are of, its own or, if that is corrupt, the next good one. Raises BadSample if all
+    images are corrupt.
+    """
+    data = []  # uint8 [n] each
+    boxes = []
+    for part in parts:
+        data += part.data.split(part.sizes.tolist())
+        boxes += [Box(*box) for box in part.boxes.tolist()]
+
     crops = torch.zeros(len(data), size, size, 3, dtype=torch.uint8, device=device)
-    jpegs, good = (
-        [i for i, box in enumerate(boxes) if box[5]],
-        [i for i, box in enumerate(boxes) if not box[5]],
-    )
-    for i in good:
-        crops[i].copy_(data[i].view(size, size, 3), non_blocking=True)
-    while jpegs:  # a part at a time: all of them whole would be gigabytes
-        some = [jpegs.pop()]
-        while jpegs and sum(boxes[i][4] * boxes[i][5] for i in some) < MAX_PIXELS:
-            some.append(jpegs.pop())
-        for i, image in zip(some, decode_jpegs([data[i] for i in some], device)):
-            top, left, h, w, *declared = boxes[i]
-            if image is not None and list(image.shape[1:]) == declared:
-                crop = image[
-                    None, :, top : top + h, left : left + w
-                ].float()  # CUDA resizes floats only, and not to a fiftieth
-                if min(h, w) >= 32 * size:
-                    crop = torch.nn.functional.avg_pool2d(crop, min(h, w) // (16 * size))
-                crop = torch.nn.functional.interpolate(
-                    crop, size=(size, size), mode="bicubic", antialias=True
-                )[0]
-                crops[i].copy_(crop.round_().clamp_(0, 255).permute(1, 2, 0))
-                good.append(i)
+    good = set()
+    jpegs = []
+    for i, box in enumerate(boxes):
+        if box == ALREADY_CROPPED:
+            crops[i].copy_(data[i].view(size, size, 3), non_blocking=True)
+            good.add(i)
+        else:
+            jpegs.append(i)
+
+    for group in groups_to_decode(jpegs, boxes):
+        # No name is given to the list of decoded images, so it is freed before the next group.
+        for i, image in zip(group, decode_jpegs([data[i] for i in group], device)):
+            box = boxes[i]
+            if image is not None and image.shape == (3, box.image_height, box.image_width):
+                crops[i].copy_(crop_on_device(image, box, size).permute(1, 2, 0))
+                good.add(i)
+
     if not good:
         raise BadSample(f"none of the {len(boxes)} images of a batch can be decoded")
-    good.sort()
-    known = set(good)
-    source = torch.tensor(
-        [i if i in known else next((j for j in good if j > i), good[0]) for i in range(len(data))]
-    )
+    source = torch.tensor(good_in_place_of_bad(good, len(data)))
     if len(good) < len(data):
         crops = crops[source.to(device)]
     return crops.permute(0, 3, 1, 2), source
 
 
+def groups_to_decode(jpegs, boxes):
+    """Divide the images `jpegs` (numbers) into lists that are decoded together.
+
+    A group ends when it has MAX_PIXELS: all pixels of a whole batch would be gigabytes.
+    """
+    group = []
+    num_pixels = 0
+    for i in reversed(jpegs):
+        group.append(i)
+        num_pixels += boxes[i].image_height * boxes[i].image_width
+        if num_pixels >= MAX_PIXELS:
+            yield group
+            group = []
+            num_pixels = 0
+    if group:
+        yield group
+
+
+def crop_on_device(image, box, size):
+    """A decoded image uint8 [3, h, w] -> its crop, float [3, size, size], whole numbers 0..255."""
+    bottom = box.top + box.height
+    right = box.left + box.width
+    crop = image[None, :, box.top : bottom, box.left : right].float()  # CUDA resizes only floats
+
+    # CUDA's kernel cannot reduce to a fiftieth: if the crop is much too large, average it first.
+    shorter = min(box.height, box.width)
+    if shorter >= 32 * size:
+        crop = F.avg_pool2d(crop, shorter // (16 * size))
+
+    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    return crop.round_().clamp_(0, 255)
+
+
+def good_in_place_of_bad(good, count):
+    """For each of `count` images: itself if it is in `good`, else the next one that is, cyclically.
+
+    -> list of `count` numbers.
+    """
+    source = [0] * count
+    next_good = min(good)
+    for i in reversed(range(count)):
+        if i in good:
+            next_good = i
+        source[i] = next_good
+    return source
+
+
 def decode_jpegs(parts, device):
-    """uint8 [n] each -> uint8 [3, h, w] each, None for what is corrupt. nvJPEG fails as a whole and does not say at which, so by halves."""
-    if (
-        device.type == "cuda"
-    ):  # it writes, on a stream of its own, into memory that what is queued on this one may still use
+    """JPEGs, uint8 [n] each -> list of uint8 [3, h, w] each on the device, None for a corrupt one.
+
+    nvJPEG fails for a list as a whole and does not say at which image, so a list that fails is
+    decoded by halves.
+    """
+    if device.type == "cuda":
+        # nvJPEG writes on a stream of its own into memory that work queued on the current stream
+        # may still use.
         torch.cuda.current_stream(device).synchronize()
     try:
-        return decode_jpeg(parts, ImageReadMode.RGB, device=device) if parts else []
+        return decode_jpeg(parts, ImageReadMode.RGB, device=device)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         if len(parts) > 1:
-            return decode_jpegs(parts[: len(parts) // 2], device) + decode_jpegs(
-                parts[len(parts) // 2 :], device
-            )
-    try:  # of the rarer kinds, CMYK for one, nvJPEG knows fewer
+            middle = len(parts) // 2
+            return decode_jpegs(parts[:middle], device) + decode_jpegs(parts[middle:], device)
+
+    # nvJPEG does not know some rarer kinds, CMYK for example, that the CPU's decoder knows.
+    try:
         image = decode_image(parts[0], ImageReadMode.RGB)
     except RuntimeError:
         return [None]
-    return [image.to(device)]  # which fails if it is the device that is broken
-
-
-def evaluation_image(files, size):
-    """The image among {extension: bytes} -> uint8 [3, size, size]: the shorter side resized, then the centre. BadSample says why not."""
-    image = decode(files)
-    h, w = (size * side // min(image.shape[1:]) for side in image.shape[1:])
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    if h * w > MAX_PIXELS:  # of a line of pixels; nothing else grows that much
-        raise BadSample("too many pixels")
-    return resize(image, h, w)[:, top : top + size, left : left + size]
+    return [image.to(device)]  # an error here is the device's and is not caught

@@ -2,7 +2,7 @@
 
 A caption is cleaned, a regular expression cuts it into pieces, and the UTF-8 bytes of each piece
 are merged pairwise into tokens, the earliest learnt merge first. The ids are those of OpenAI's
-CLIP and of open_clip's default tokenizer; tests/test_tokenizer.py holds them to that.
+CLIP and of open_clip's default tokenizer (tests/test_tokenizer.py compares them).
 
 Vocabulary: 256 bytes | the same bytes where they end a piece | 48894 merges | 2 special tokens.
 """
@@ -20,25 +20,29 @@ import torch
 
 VOCAB_FILE = Path(__file__).parent.parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SIZE = 49408
-SOT, EOT = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+SOT = VOCAB_SIZE - 2  # <start_of_text>
+EOT = VOCAB_SIZE - 1  # <end_of_text>
 SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 
-# IGNORECASE still matters on lowercased text: "ſ" is lowercase and matches "s" (in "'ſ").
+# The pieces of a caption. IGNORECASE matters even on lowercased text: "ſ" is lowercase and matches
+# "s" (in "'ſ").
 PIECE = regex.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
 
-# Text that cleaning cannot change but for whitespace: printable ASCII without "&", \t \n \f \r.
-# On ASCII, ftfy only decodes "&...;", drops control characters and terminal escapes (which start
-# with one) and turns \r into \n; html.unescape acts on "&" alone. \v and \x1c-\x1f are no part of
-# this: split() below takes them for whitespace, but ftfy deletes them, gluing their neighbours.
+# Matches text in which cleaning changes nothing but whitespace: printable ASCII without "&", and
+# \t \n \f \r. In ASCII, ftfy only decodes "&...;", drops control characters and terminal escapes
+# (which start with one) and turns \r into \n; html.unescape only acts on "&". \v and \x1c-\x1f are
+# excluded: str.split takes them for whitespace, but ftfy deletes them, joining their neighbours.
 IS_CLEAN = re.compile(r"[\t\n\f\r -%'-~]*").fullmatch
 
-# Web captions never run out of new words. A full cache is emptied: the common words are back at
-# once. Long "words" (URLs, scripts without spaces) hardly recur and are not kept.
-CACHE_WORDS, CACHE_WORD_LENGTH = 1 << 16, 32
+# Captions from the web always bring new words, so the cache of words is bounded. A full cache is
+# emptied; the common words are soon in it again. Long "words" (URLs, scripts without spaces) hardly
+# recur and are not kept.
+CACHE_WORDS = 1 << 16
+CACHE_WORD_LENGTH = 32
 
 
 class Tokenizer:
@@ -49,23 +53,7 @@ class Tokenizer:
             raise ValueError(f"context_length must be an int >= 2, got {context_length!r}")
         self.context_length = context_length
         self.cache = {}  # word -> its token ids
-
-        # The file spells each byte as one visible character: itself where it is printable Latin-1,
-        # else the next one from U+0100 on. Byte ids follow that order: the printable ones first.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        spelling = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
-        ids = {s: i for i, s in enumerate(spelling + [s + "</w>" for s in spelling])}
-        self.byte_id = {b: i for i, b in enumerate(printable + others)}
-        self.token_bytes = [bytes([b]) for b in printable + others]  # id -> bytes, for decode
-        self.token_bytes += [b + b" " for b in self.token_bytes]
-        self.merges = {}  # (left id, right id) -> merged id; the lower that is, the earlier learnt
-        with gzip.open(VOCAB_FILE, "rt", encoding="utf-8") as f:
-            next(f)  # a version line
-            for new in range(512, SOT):
-                left, right = next(f).split()
-                ids[left + right] = self.merges[ids[left], ids[right]] = new
-                self.token_bytes.append(self.token_bytes[ids[left]] + self.token_bytes[ids[right]])
+        self.byte_id, self.merges, self.token_bytes = read_vocabulary()
 
     def __call__(self, texts):
         """Token ids of a str or a list (or tuple) of n str: LongTensor [n, context_length].
@@ -77,8 +65,9 @@ class Tokenizer:
             texts = [texts]
         if not isinstance(texts, (list, tuple)):
             raise TypeError(f"need a str or list of str, got {type(texts).__name__}: {texts!r:.80}")
+
         out = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        rows = out.numpy()  # the same memory; much faster to assign to
+        rows = out.numpy()  # the same memory; numpy assigns to it much faster than torch
         for i, text in enumerate(texts):
             row = [SOT, *self.encode(text)[: self.context_length - 2], EOT]
             rows[i, : len(row)] = row
@@ -93,8 +82,10 @@ class Tokenizer:
             raise TypeError(f"a caption must be a str, got {type(text).__name__}: {text!r:.80}")
         if not IS_CLEAN(text):
             text = html.unescape(html.unescape(ftfy.fix_text(text)))
+
+        # No piece spans whitespace, so every word can be encoded, and cached, by itself.
         ids = []
-        for word in text.lower().split():  # no piece spans whitespace, so words are independent
+        for word in text.lower().split():
             ids += self.cache.get(word) or self._encode_word(word)
         return ids
 
@@ -107,14 +98,21 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if not all(0 <= i < VOCAB_SIZE for i in ids):
             raise ValueError(f"token ids lie in [0, {VOCAB_SIZE}), got {min(ids)} to {max(ids)}")
-        ids = ids[: ids.index(EOT)] if EOT in ids else ids
+
+        if EOT in ids:
+            ids = ids[: ids.index(EOT)]
         text = b"".join(self.token_bytes[i] for i in ids if i != SOT)
         return text.decode(errors="replace").strip()
 
     def _encode_word(self, word):
+        """The token ids of a word, lowercase text without whitespace; cached unless it is long."""
         ids = []
         for piece in PIECE.findall(word):
-            ids += [SPECIAL[piece]] if piece in SPECIAL else self._merge(piece.encode())
+            if piece in SPECIAL:
+                ids.append(SPECIAL[piece])
+            else:
+                ids += self._merge(piece.encode())
+
         if len(word) <= CACHE_WORD_LENGTH:
             if len(self.cache) >= CACHE_WORDS:
                 self.cache.clear()
@@ -122,22 +120,88 @@ class Tokenizer:
         return ids
 
     def _merge(self, piece):
-        # A merged id is higher than its parts, so a merge only adds work behind it in the queue:
-        # a heap is exact. And near-linear: one endless word must not stall a DataLoader worker.
-        merges, ids, end = self.merges, [self.byte_id[b] for b in piece], len(piece)
+        """The UTF-8 bytes of a piece -> its token ids: pairs are merged until no merge applies.
+
+        The lowest merge comes first. A merged id is higher than its parts, so a merge can only add
+        merges with a higher id than its own, and a heap yields them in the right order. In
+        near-linear time: one endless word must not stall a data worker.
+        """
+        merges = self.merges
+        end = len(piece)
+        ids = [self.byte_id[byte] for byte in piece]
         ids[-1] += 256  # the last byte ends the piece
-        heap = sorted((merges[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in merges)
-        ids.append(None)  # at both ends of the linked lists: None is in no merge
-        left, right = [end, *range(end)], [*range(1, end + 1)]  # neighbours of what is not merged
+
+        # Candidates: (merged id, position of its left part). A sorted list is a heap.
+        heap = []
+        for i, pair in enumerate(pairwise(ids)):
+            if pair in merges:
+                heap.append((merges[pair], i))
+        heap.sort()
+
+        # Doubly linked list over the ids that remain: the neighbours of ids[i] are ids[left[i]]
+        # and ids[right[i]]. ids[end] = None stands at both ends of it and is in no merge.
+        ids.append(None)
+        left = [end, *range(end)]
+        right = [*range(1, end + 1)]
+
         while heap:
             new, i = heappop(heap)
             j = right[i]
-            if merges.get((ids[i], ids[j])) != new:  # one of them went into another merge
-                continue
-            ids[i], ids[j] = new, None
-            right[i] = right[j]
-            left[right[i]] = i
-            for a, b in (left[i], i), (i, right[i]):
-                if (ids[a], ids[b]) in merges:
-                    heappush(heap, (merges[ids[a], ids[b]], a))
+            if merges.get((ids[i], ids[j])) != new:
+                continue  # one of the two has gone into another merge
+
+            # ids[j] leaves the list; ids[i] becomes the merged token.
+            ids[i] = new
+            ids[j] = None
+            after = right[j]
+            right[i] = after
+            left[after] = i
+
+            # The merged token can merge further, with each of its neighbours.
+            before = left[i]
+            pair = (ids[before], new)
+            if pair in merges:
+                heappush(heap, (merges[pair], before))
+            pair = (new, ids[after])
+            if pair in merges:
+                heappush(heap, (merges[pair], i))
+
         return [i for i in ids if i is not None]
+
+
+def read_vocabulary():
+    """Read VOCAB_FILE -> (byte_id, merges, token_bytes).
+
+    byte_id: {byte: token id} of single bytes, 0..255; + 256 where the byte ends a piece.
+    merges: {(left id, right id): merged id}; the lower the merged id, the earlier it was learnt.
+    token_bytes: list of the bytes of every token, with a space behind those that end a piece.
+    """
+    # The file spells each byte as one visible character: itself where it is printable Latin-1,
+    # else the next one from U+0100 on. The ids of bytes follow that order, the printable first.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_order = printable + others
+    spelling = [chr(byte) for byte in printable]
+    spelling += [chr(256 + i) for i in range(len(others))]
+
+    byte_id = {byte: i for i, byte in enumerate(byte_order)}
+    token_bytes = [bytes([byte]) for byte in byte_order]
+    token_bytes += [byte + b" " for byte in token_bytes]
+
+    # Every further line is one merge, two tokens in this spelling; the result is the next id.
+    token_id = {}
+    for i, character in enumerate(spelling):
+        token_id[character] = i
+        token_id[character + "</w>"] = 256 + i
+
+    merges = {}
+    with gzip.open(VOCAB_FILE, "rt", encoding="utf-8") as f:
+        next(f)  # a line with the version
+        for new in range(512, SOT):
+            left, right = next(f).split()
+            left_id = token_id[left]
+            right_id = token_id[right]
+            token_id[left + right] = new
+            merges[left_id, right_id] = new
+            token_bytes.append(token_bytes[left_id] + token_bytes[right_id])
+    return byte_id, merges, token_bytes

@@ -1,4 +1,8 @@
-"""Data workers: processes that decode beside the training."""
+"""Data workers: processes that read and decode beside the training.
+
+run_workers(generate, workers, pin_memory) runs a generator function in several processes and yields
+what they yield, in turn. The rest of this file is about how the processes start and end.
+"""
 
 import multiprocessing.forkserver
 import os
@@ -11,69 +15,114 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ingest.reader import ShardError
 
+# What Slurm, torchrun and Ctrl-C send to every process of a job.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+# How long a worker lives after SIGTERM: most of the 30 seconds that torchrun gives.
+SECONDS_AFTER_SIGTERM = 25
+
+MAX_DEFAULT_WORKERS = 8
+PREFETCH = 4  # items that each worker prepares ahead
 
 
 def default_workers():
-    """Up to 8, as far as the CPUs that this job may use go round among the ranks of this machine."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """This rank's share of the CPUs that the job may use on this machine, at least 1, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MAX_DEFAULT_WORKERS, cpus // ranks))
 
 
-class Stream(IterableDataset):
-    """generate(worker, workers), a generator function, as a DataLoader wants it."""
+def run_workers(generate, workers, pin_memory):
+    """Yield what generate(worker, workers) yields in each of the workers, one item of each in turn.
 
-    def __init__(self, generate):
-        self.generate = generate
+    Each worker prepares up to 4 items ahead. With workers = 0, generate(0, 1) runs in this process.
+    Raises ShardError if a worker does.
 
-    def __iter__(self):
-        info = get_worker_info()
-        if info:
-            # A worker ends with the trainer, however and whenever that ends: so this is done at once, and not when the first item is
-            # asked for. But Slurm and Ctrl-C signal every process of a job, and a trainer that wants to finish its step, and save,
-            # needs its workers: SIGTERM gives it most of the 30 seconds that torchrun gives.
-            threading.Thread(
-                target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
-            ).start()
-            for number in SIGNALS:
-                signal.signal(
-                    number,
-                    signal.SIG_IGN if number != signal.SIGTERM else lambda *_: signal.alarm(25),
-                )
-        return self.items(*((info.id, info.num_workers) if info else (0, 1)))
-
-    def items(self, worker, workers):
-        try:
-            yield from self.generate(worker, workers)
-        except ShardError as error:
-            yield str(error)  # so that the trainer shows a line, not a worker's traceback
+    Workers are forked from a server, a fresh process that has imported torch and done nothing else.
+    A fork of the trainer itself would inherit the locks of its CUDA and gloo threads in any state,
+    and spawned workers would each import torch.
+    """
+    if workers:
+        start_server()
+    loader = DataLoader(
+        Stream(generate),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        prefetch_factor=PREFETCH if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    for item in loader:
+        if isinstance(item, str):
+            raise ShardError(item)
+        yield item
 
 
-@lru_cache  # once: while it starts, signals are ignored, which the server inherits
+@lru_cache
 def start_server():
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torchvision.io"])
+    """Start the process that workers are forked from, once.
+
+    Signals are ignored while it starts, which the server inherits and keeps.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.io"])
+
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     multiprocessing.forkserver.ensure_running()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def run_workers(generate, workers, pin_memory):
-    """Yield what generate(worker, workers) yields in each worker, in turn; each prepares up to 4 items ahead. Raises ShardError.
+class Stream(IterableDataset):
+    """Turns generate(worker, workers), a generator function, into what a DataLoader expects.
 
-    Workers are forked from a server, a fresh process that has imported torch and done nothing else: a fork of the trainer itself
-    would inherit the locks of its CUDA and gloo threads in any state, and spawned workers would each import torch."""
-    if workers:
-        start_server()
-    for item in DataLoader(
-        Stream(generate),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-    ):
-        if isinstance(item, str):
-            raise ShardError(item)
-        yield item
+    A ShardError is yielded as a str, its message, so that the trainer prints one line instead of
+    a worker's traceback.
+    """
+
+    def __init__(self, generate):
+        self.generate = generate
+
+    def __iter__(self):
+        # Not a generator itself: in a worker this part runs at once, not with the first item.
+        info = get_worker_info()
+        if info is None:
+            return self.items(0, 1)
+        end_with_trainer()
+        outlive_signals()
+        return self.items(info.id, info.num_workers)
+
+    def items(self, worker, workers):
+        try:
+            yield from self.generate(worker, workers)
+        except ShardError as error:
+            yield str(error)
+
+
+def end_with_trainer():
+    """Let this worker exit as soon as the trainer has ended, in whatever way it ended."""
+
+    def wait_and_exit():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()
+
+
+def outlive_signals():
+    """Let this worker survive the signals that the trainer, too, receives.
+
+    Slurm and Ctrl-C signal every process of a job, and a trainer that wants to finish its step and
+    save needs its workers until then.
+    """
+
+    def exit_later(number, frame):
+        signal.alarm(SECONDS_AFTER_SIGTERM)
+
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, exit_later)

@@ -19,20 +19,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import (
-    load,
-    number_of,
-    order_of,
-    picture,
-    png,
-    same,
-    sample,
-    write_shards,
-    write_tar,
-)  # noqa: F401 (cache is a fixture)
+from samples import load, number_of, order_of, picture, png, sample, write_shards, write_tar
 
 import data
 from config import ConfigError
+from helpers import same
 from ingest import evaluation, images, workers
 from ingest import tar as tar_files
 from ingest.index import Index, count_samples, load_index
@@ -47,6 +38,8 @@ TOKENIZER = functools.cache(
 SLEEPS = itertools.count(
     1000 + os.getpid() * 1000
 )  # lengths that tell our sleeping commands from all others
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(autouse=True)
