@@ -96,6 +96,12 @@ class Config:
         "",
         "'' reads KEY.txt; otherwise this entry of KEY.json, a string or a list to draw one from",
     )
+    caption_lines: bool = setting(
+        False, "KEY.txt holds one caption per line and one is drawn; otherwise it is one caption"
+    )
+    index_remote: bool = setting(
+        False, "count a remote set without statistics by reading it once before training"
+    )
     crop_scale: tuple = setting(
         (0.9, 1.0), "random resized crop: smallest and largest share of the image's area"
     )

@@ -100,3 +100,8 @@ def expand(patterns):
                 )
         urls += found
     return urls
+
+
+def is_local(url):
+    """Whether a URL is a file's path."""
+    return not url.startswith("pipe:")
