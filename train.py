@@ -137,7 +137,9 @@ def main(argv):
         beats = dict(progress=watchdog.progress, waiting=watchdog.progress)
         lock = ranks.from_first_rank(checkpoint.lock_folder, c.out_dir)
         start_from = ranks.from_first_rank(checkpoint.find, c, **beats)
-        index = ranks.from_first_rank(load_index, c.train_data, c.caption_key, **beats)
+        index = ranks.from_first_rank(
+            load_index, c.train_data, c.caption_key, count_remote=c.index_remote, **beats
+        )
         if c.eval_data:
             ranks.from_first_rank(load_index, c.eval_data, c.caption_key, evaluation=True, **beats)
             ranks.from_first_rank(evaluation.check, c)

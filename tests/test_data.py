@@ -203,7 +203,7 @@ def test_several_sources_and_pipes(shards, tmp_path, expected):
     assert [number_of(x) for x in images.flatten(0, 1)] == [
         i if i < N else i - N for i in ids.flatten().tolist()
     ]
-    assert same(load(order_of("pipe:cat " + shards), 0, 10, workers=2), expected[1])
+    assert same(load(order_of("pipe:cat " + shards, count_remote=True), 0, 10, workers=2), expected[1])
     assert len(glob.glob(str(tmp_path / "cache" / "fastclip" / "pipe-*.json"))) == 1
 
 
