@@ -112,7 +112,8 @@ def load_index(
                     known[name][kind] = count
             finally:
                 # What was counted is kept, whatever ended the counting.
-                write_index(file, known)
+                if any(kind in known[name] for name in todo):
+                    write_index(file, known)
 
         shards += urls
         counts += [known[name].get(kind, 0) for name in names]

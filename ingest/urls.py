@@ -30,7 +30,10 @@ BUFFER_BYTES = 1 << 16
 
 SCHEME = re.compile(r"(pipe|file)(?=:)|([A-Za-z][A-Za-z0-9+.-]*)(?=://)")
 HUB_FILE = re.compile(
-    r"hf://(?P<kind>datasets/|spaces/|)(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)"
+    r"hf://(?P<kind>datasets/|spaces/|(?!datasets/|spaces/))"
+    r"(?P<repo>[^/@]+/[^/@]+)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?"
+    r"/(?P<path>.+)"
 )
 
 HUB_KINDS = {"datasets/": "dataset", "spaces/": "space", "": "model"}
@@ -109,9 +112,10 @@ def expand_braces(pattern):
     except ValueError as error:
         raise ConfigError(f"{pattern}: {error}") from error
     except (AssertionError, KeyError) as error:
+        names = " or ".join(f"WDS_{name}" for name in re.findall(r"\$\{(\w+)\}", pattern))
         raise ConfigError(
-            f"{pattern}: ${{NAME}} stands for the environment variable WDS_NAME, which is not set "
-            f"({error}); a variable of the shell in pipe: is written $NAME"
+            f"{pattern}: the environment variable {names} is not set, which ${{NAME}} stands for; "
+            "a variable of the shell in pipe: is written $NAME"
         ) from error
     return [file_path(url) if scheme_of(url) == "file" else url for url in found]
 

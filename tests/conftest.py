@@ -33,6 +33,14 @@ def fault():
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of indexes for this test alone, and no waiting before a shard is tried again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("ingest.reader.BACK_OFF", (0.01, 0.01, 0.01))
+    return tmp_path / "cache" / "fastclip"
+
+
+@pytest.fixture
 def no_curves(monkeypatch):
     """Drawing them takes longer than these runs do, and test_train.py looks at them."""
     monkeypatch.setattr("runtime.log.plot", lambda folders, out: out)
