@@ -307,10 +307,16 @@ def no_statistics(pattern, url, caption_key):
     command = f"python -m ingest.index {shlex.quote(pattern)}"
     if caption_key:
         command += f" --caption_key {shlex.quote(caption_key)}"
+
+    looked_for = "no file name in it ends with .tar, beside which to look for them"
+    if shard_name(url):
+        looked_for = (
+            f"{sibling(url, 'sizes.json')} (shard name: count, as open_clip's) and "
+            f"{sibling(url, '{stem}_stats.json')} (img2dataset's) are missing, cannot be read or "
+            "cannot be true"
+        )
     return (
-        f"{url} is remote and has no statistics: looked for {sibling(url, 'sizes.json')} (shard "
-        f"name: count, as open_clip's) and {sibling(url, '{stem}_stats.json')} (img2dataset's), "
-        "which are missing, cannot be read or cannot be true. To count the samples, the whole set "
+        f"{url} is remote and has no statistics: {looked_for}. To count the samples, the whole set "
         f"must be read once: do it now with `{command}`, which keeps the counts in the cache, or "
         "set index_remote = True to do it when the training starts. train_samples cannot replace "
         "the counts: a sample's id is its shard's offset plus its position there, so the count of "

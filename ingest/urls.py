@@ -28,14 +28,15 @@ from config import ConfigError
 PIPE_TIMEOUT = 60  # seconds without a byte from a command before it is killed
 BUFFER_BYTES = 1 << 16
 
+# a:b/0.tar is a path: all schemes but these two are followed by //.
 SCHEME = re.compile(r"(pipe|file)(?=:)|([A-Za-z][A-Za-z0-9+.-]*)(?=://)")
+
 HUB_FILE = re.compile(
     r"hf://(?P<kind>datasets/|spaces/|(?!datasets/|spaces/))"
     r"(?P<repo>[^/@]+/[^/@]+)"
     r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?"
     r"/(?P<path>.+)"
 )
-
 HUB_KINDS = {"datasets/": "dataset", "spaces/": "space", "": "model"}
 
 # No --retry: after half of an answer, curl would write it again from its beginning. Whoever reads
@@ -287,7 +288,7 @@ class Pipe(io.RawIOBase):
     all that it has started.
     """
 
-    def __init__(self, command, environment=(), quiet=False):
+    def __init__(self, command, environment=None, quiet=False):
         # A session of its own makes the command a process group, which can be killed as a whole.
         self.process = subprocess.Popen(
             command,
@@ -297,7 +298,7 @@ class Pipe(io.RawIOBase):
             stderr=subprocess.DEVNULL if quiet else None,
             bufsize=0,
             start_new_session=True,
-            env={**os.environ, **dict(environment)},
+            env={**os.environ, **(environment or {})},
         )
         self.end = weakref.finalize(self, end_command, self.process)
         self.ready = select.poll()

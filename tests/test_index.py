@@ -19,6 +19,7 @@ import pytest
 import webdataset
 from samples import picture, sample, write_shards, write_tar
 
+import helpers
 from config import ConfigError, or_exit
 from ingest import index, urls
 from ingest.images import BadSample
@@ -388,6 +389,19 @@ def test_a_remote_set_indexed_by_the_command_line_can_be_trained_on(tmp_path, ow
     counted.clear()
     assert counts(pattern) == [2, 3]
     assert counted == []
+
+
+def test_training_and_plan_ask_before_they_read_a_remote_set(tmp_path):
+    settings = {
+        "train_data": "pipe:cat " + write_shards(tmp_path / "a", (2, 3)),
+        "out_dir": str(tmp_path / "run"),
+    }
+    helpers.refused("index_remote = True", **settings)
+    helpers.refused("index_remote = True", plan=True, **settings)
+
+
+def test_a_remote_set_whose_urls_name_no_shard(tmp_path):
+    refused("pipe:echo {1..2}", "no file name in it ends with .tar")
 
 
 def test_a_remote_evaluation_set_is_counted(tmp_path):
