@@ -134,7 +134,7 @@ def index_file(url, pattern, evaluation=False):
     Training shards in a folder where one may write: index.json beside the first shard, so that the
     set can be copied or shared with its index. Evaluation sets often belong to others: the cache,
     unless an index that we wrote is beside the shards. Read-only folders and remote shards: the
-    cache, $XDG_CACHE_HOME/fastclip or ~/.cache/fastclip.
+    cache, which is $FASTCLIP_CACHE, $XDG_CACHE_HOME/fastclip or ~/.cache/fastclip.
     """
     if not is_local(url):
         # The folder, so that {0..9} and {0..99} share their counts; of a command, the whole of it.
@@ -152,10 +152,14 @@ def index_file(url, pattern, evaluation=False):
 
 def cache_file(source):
     """The cache's file for a folder or pattern. A hash tells those with similar names apart."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = os.environ.get("FASTCLIP_CACHE")
+    if not cache:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        cache = os.path.join(caches, "fastclip")
+
     readable = re.sub(r"\W+", "-", source, flags=re.ASCII)[-200:]
     digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:10]
-    return os.path.join(cache, "fastclip", f"{readable}-{digest}.json")
+    return os.path.join(cache, f"{readable}-{digest}.json")
 
 
 def is_writable(folder):

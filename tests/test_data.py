@@ -32,7 +32,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache" / "fastclip"))
     monkeypatch.setattr("ingest.reader.BACK_OFF", (0.01, 0.01, 0.01))
 
 

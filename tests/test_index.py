@@ -155,7 +155,7 @@ def test_read_only_folder(tmp_path, own_cache, monkeypatch):
         assert len(list(own_cache.glob("*.json"))) == 1
 
         (tmp_path / "file").write_text("")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "file"))
         with pytest.warns(UserWarning, match="the index cannot be written"):
             assert counts(pattern) == [3]
     finally:
@@ -187,6 +187,19 @@ def test_an_evaluation_set_leaves_the_index_of_somebody_else_alone(tmp_path, own
     assert counts(pattern, evaluation=True) == [3]
     assert (tmp_path / "a" / "index.json").read_text() == content
     assert len(list(own_cache.glob("*.json"))) == 1
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    """$FASTCLIP_CACHE, or a folder of the user's cache."""
+    monkeypatch.setenv("FASTCLIP_CACHE", "/shared/cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert os.path.dirname(index.cache_file("/a/b")) == "/shared/cache"
+    assert os.path.basename(index.cache_file("/a/b")).startswith("-a-b-")
+    monkeypatch.delenv("FASTCLIP_CACHE")
+    assert os.path.dirname(index.cache_file("/a/b")) == "/xdg/fastclip"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert os.path.dirname(index.cache_file("/a/b")) == "/home/user/.cache/fastclip"
 
 
 def test_folders_with_similar_names_have_their_own_files_in_the_cache(tmp_path, own_cache):
