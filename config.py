@@ -89,6 +89,10 @@ class Config:
     train_samples: int = 0
     # '' reads captions from KEY.txt; otherwise this entry of KEY.json, a string or a list of them.
     caption_key: str = ""
+    # KEY.txt holds one caption per line, of which one is drawn; otherwise it is one caption.
+    caption_lines: bool = False
+    # Count a remote set that has no statistics by reading it once before the training.
+    index_remote: bool = False
     # Random resized crop: smallest and largest share of the image's area.
     crop_scale: tuple = (0.9, 1.0)
     # Of training JPEGs. pillow and simplejpeg (a package) are faster for large pictures, nvjpeg

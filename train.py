@@ -211,6 +211,7 @@ def main(argv):
             start_step=step,
             num_steps=total_steps,
             decoder=c.decoder,
+            caption_lines=c.caption_lines,
         )
         job.start(t, index, step, evaluation.evaluate)
 

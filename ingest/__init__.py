@@ -1,0 +1,16 @@
+"""Bytes from strangers to tensors: shards, captions, images, evaluation sets.
+
+The order of reading, each file using only those before it:
+
+    urls.py        where shards lie, and how their bytes are opened
+    images.py      encoded images to cropped tensors
+    tokenizer.py   captions to tokens
+    tar.py         tar files to samples
+    index.py       how many samples each shard holds (`python -m ingest.index SHARDS`)
+    reader.py      samples by id
+    workers.py     processes that read and decode
+    evaluation.py  evaluation sets
+
+Shards may come from anywhere, so these files are mostly about what can be wrong with them. The
+method is at the top level: to change it, nobody needs to read this folder.
+"""

@@ -3,110 +3,179 @@
 import json
 import re
 import tarfile
+from collections import Counter
 from itertools import chain
 
 from ingest.images import IMAGES, BadSample
-from ingest.urls import open_url
+from ingest.urls import is_local, open_url
 
-MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 64 << 20, 1 << 20  # a larger file of a sample is not read
-MAX_HEADER_BYTES = (
-    8192  # tarfile searches long headers of a name, or other attributes, in quadratic time
-)
-MAX_CHARACTERS = (
-    10_000  # of a caption: the 77 tokens lie far within, and the tokenizer takes 40 ms at most
-)
-# Of a plain file's header, from byte 100 on: mode, owner, group, size, time, sum, type.
+# A sample's file that is larger than this is not read.
+MAX_IMAGE_BYTES = 64 << 20
+MAX_TEXT_BYTES = 1 << 20
+
+# tarfile searches long headers (of a name, or of other attributes) in quadratic time.
+MAX_HEADER_BYTES = 8192
+
+# No tar is as large as this; a header that leads further is damaged.
+MAX_TAR_BYTES = 1 << 50
+
+# A caption is cut to this length. The 77 tokens lie far within, and the tokenizer needs 40 ms at
+# most for it.
+MAX_CHARACTERS = 10_000
+
+# The header of a plain file, from byte 100 on: mode, owner, group, size, time, checksum, type.
 PLAIN = re.compile(rb"(?:[0-7]{7}[\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 0")
+
+# These types of header carry long names and other attributes of the next file.
+ATTRIBUTE_TYPES = b"LKxgX"
+
+# dir/000.a.jpg has the key dir/000 and the extension a.jpg, as in webdataset.
+KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 
 
 class Header(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header for the end of a tar; here only the end-of-archive marker is the end. A plain file with
-    a short name, as nearly all are, is read here: tarfile looks at everything else, and its 0.03 ms a header add up."""
+    """A header of a tar; unlike tarfile's own class, it does not take damage for the end.
+
+    tarfile treats a damaged or missing header as the end of the archive. Here only the
+    end-of-archive marker is the end, and anything else raises ReadError.
+    """
 
     @classmethod
     def frombuf(cls, block, encoding, errors):
-        plain = PLAIN.match(block, 100)
-        if (
-            plain
-            and len(block) == 512
-            and block[257:262] == b"ustar"
-            and block[0]
-            and not block[345]
-        ):  # there, longer names go on
-            if (
-                int(plain[2], 8) == sum(block) - sum(block[148:156]) + 256
-            ):  # the sum itself counts as eight spaces
-                header = cls(block[:100].split(b"\0", 1)[0].decode(encoding, errors))
-                header.size = int(plain[1], 8)
-                return header
+        """A block of 512 bytes -> Header. Called by tarfile."""
+        # Nearly every header is that of a plain file with a short name. It is parsed here, because
+        # tarfile takes 0.03 ms a header, which adds up. tarfile parses all others.
+        plain = plain_header(block)
+        if plain:
+            name, size = plain
+            header = cls(name.decode(encoding, errors))
+            header.size = size
+            return header
+
         try:
             header = super().frombuf(block, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
         except tarfile.HeaderError as error:
-            raise (
-                error
-                if isinstance(error, tarfile.EOFHeaderError)
-                else tarfile.ReadError(f"breaks off: {error}")
-            )
-        if (
-            header.type in b"LKxgX" and header.size > MAX_HEADER_BYTES
-        ):  # long names and other attributes of the next file
+            raise tarfile.ReadError(f"breaks off: {error}") from error
+
+        if header.type in ATTRIBUTE_TYPES and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         return header
 
 
+def plain_header(block):
+    """The header of a plain file with a short name -> (name as bytes, size); otherwise None."""
+    if len(block) != 512 or block[257:262] != b"ustar":
+        return None
+
+    # A name that does not fit begins with a zero byte or goes on at byte 345.
+    if not block[0] or block[345]:
+        return None
+
+    fields = PLAIN.match(block, 100)
+    if not fields:
+        return None
+
+    # The checksum's own eight bytes count as spaces.
+    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if int(fields[2], 8) != checksum:
+        return None
+    return block[:100].split(b"\0", 1)[0], int(fields[1], 8)
+
+
+def open_tar(stream, seekable):
+    """A stream of bytes -> TarFile, its first header read. OSError: unreadable, or not a tar."""
+    mode = "r:" if seekable else "r|"
+    try:
+        return tarfile.open(fileobj=stream, mode=mode, tarinfo=Header)
+    except OSError:
+        raise
+    except Exception as error:  # a hostile header can get any exception out of tarfile
+        raise OSError(f"not a tar: {str(error) or repr(error)}") from error
+
+
+def next_entry(tar):
+    """The next header of a TarFile, None at its end. OSError: unreadable; TarError: damaged."""
+    try:
+        entry = tar.next()
+    except OSError:
+        raise
+    except Exception as error:  # a hostile header can get any exception out of tarfile
+        raise tarfile.ReadError(str(error) or repr(error)) from error
+
+    # tarfile would remember every member that it has seen.
+    tar.members.clear()
+
+    # A header with a negative size would lead tarfile backwards, in a circle.
+    if entry and not entry.offset_data <= tar.offset < MAX_TAR_BYTES:
+        raise tarfile.ReadError(f"a file of {entry.size} bytes")
+    return entry
+
+
 def members(url):
-    """Yield (tar, entry, key, extension) for every file of a shard: dir/000.a.jpg has key dir/000 and extension a.jpg. Links, devices
-    and folders are passed over. OSError: unreadable, or no tar; TarError: damaged later on."""
+    """Yield (tar, entry, key, extension) for every plain file of a shard.
+
+    dir/000.a.jpg has key dir/000 and extension a.jpg. Links, devices, folders, sparse files and
+    names without an extension are passed over. Raises OSError: the shard is unreadable or no tar;
+    TarError: it is damaged further on.
+    """
     with open_url(url) as stream:
-        tar = entry = None
-        while True:
-            try:  # a file can seek over what is not wanted, a pipe is read through
-                tar = tar or tarfile.open(
-                    fileobj=stream, mode="r|" if url.startswith("pipe:") else "r:", tarinfo=Header
-                )
-                entry = tar.next()
-                if (
-                    entry and not entry.offset_data <= tar.offset < 1 << 50
-                ):  # tarfile would go round in circles
-                    raise tarfile.ReadError(f"a file of {entry.size} bytes")
-            except OSError:
-                raise
-            except Exception as error:  # a header made for it gets any exception out of tarfile
-                raise (
-                    tarfile.ReadError(f"{error or repr(error)}")
-                    if entry
-                    else OSError(f"not a tar: {error or repr(error)}")
-                ) from error
-            if not entry:
-                return
-            tar.members.clear()  # tarfile would remember every member it has seen
-            name = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", entry.name)
+        # A file can seek over what is not wanted; anything else is read through.
+        tar = open_tar(stream, seekable=is_local(url))
+
+        while entry := next_entry(tar):
+            name = KEY_AND_EXTENSION.fullmatch(entry.name)
             if name and entry.isfile() and not entry.issparse():
                 yield tar, entry, name[1], name[2].lower()
 
 
 def usable_samples(url, kinds, wanted, left_out=None):
-    """Yield (key, {extension: bytes, or None if it is too large}) for each usable sample of a shard: neighbouring files of one key,
-    among them an image and one of `kinds`. A second file of the same name begins another sample. Only positions in `wanted`, a range,
-    are read, others have no files. Unusable samples are counted by reason in the Counter `left_out`. Raises what `members` raises."""
-    position, key, seen, files = 0, None, set(), {}
-    for tar, entry, new_key, extension in chain(members(url), [(None, None, None, None)]):
-        if new_key != key or extension in seen:
-            image, text = seen & IMAGES, seen & set(kinds)
-            if image and text:
+    """Yield (key, {extension: bytes, or None if the file is too large}) for each usable sample.
+
+    A sample is the neighbouring files of one key; a second file of the same name begins another
+    sample. It is usable with an image and a file of one of `kinds`, a tuple of extensions. Only
+    the samples at positions in `wanted`, a range, are read; the others come without files.
+    Unusable samples are counted by reason in the Counter `left_out`. Raises what `members` raises.
+    """
+    if left_out is None:
+        left_out = Counter()
+
+    position = 0  # among the usable samples of the shard
+    key = None
+    extensions = set()
+    files = {}
+
+    end = (None, None, None, None)
+    for tar, entry, new_key, extension in chain(members(url), [end]):
+        if new_key != key or extension in extensions:
+            # The sample before is complete.
+            has_image = not extensions.isdisjoint(IMAGES)
+            has_text = not extensions.isdisjoint(kinds)
+            if has_image and has_text:
                 yield key, files
                 position += 1
-            elif (image or text) and left_out is not None:
-                left_out["no caption" if image else "no image"] += 1
-            key, seen, files = new_key, set(), {}
-        seen.add(extension)
+            elif has_image:
+                left_out["no caption"] += 1
+            elif has_text:
+                left_out["no image"] += 1
+
+            key = new_key
+            extensions = set()
+            files = {}
+
+        extensions.add(extension)
         if position in wanted and (extension in IMAGES or extension in kinds):
-            most = MAX_IMAGE_BYTES if extension in IMAGES else MAX_TEXT_BYTES
-            files[extension] = read(tar, entry) if entry.size <= most else None
+            files[extension] = read_up_to_limit(tar, entry, extension)
 
 
-def read(tar, entry):
-    """A plain file of a tar -> bytes. As tar.extractfile(entry).read(), without its layers of buffers."""
+def read_up_to_limit(tar, entry, extension):
+    """A plain file of a tar -> bytes, or None if it is larger than a file of its kind may be."""
+    limit = MAX_IMAGE_BYTES if extension in IMAGES else MAX_TEXT_BYTES
+    if entry.size > limit:
+        return None
+
+    # The same as tar.extractfile(entry).read(), without its layers of buffers.
     tar.fileobj.seek(entry.offset_data)
     content = tar.fileobj.read(entry.size)
     if len(content) != entry.size:
@@ -115,26 +184,27 @@ def read(tar, entry):
 
 
 def captions(files, caption_key, lines=False):
-    """The captions among {extension: bytes} -> list of str, 1 to MAX_CHARACTERS long.
+    """The captions of a sample -> list of str, none of them empty, each up to MAX_CHARACTERS long.
 
-    They are the entry caption_key of KEY.json, a string or a list of strings, or, if caption_key is
-    empty, the text KEY.txt: one caption, or with `lines` one caption per line. Raises BadSample if
-    there is none.
+    files: {extension: bytes}. caption_key: this entry of KEY.json, a string or a list of strings;
+    '': the text of KEY.txt, which is one caption, or one caption per line if `lines` is true.
+    Raises BadSample if there is no caption.
     """
     try:
         if caption_key:
             value = json.loads(files["json"])[caption_key]
         else:
             value = files["txt"].decode("utf-8", "replace")
-            if lines:
-                value = value.splitlines()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSample("no caption") from error
-    texts = [
-        text.strip()
-        for text in (value if isinstance(value, list) else [value])
-        if isinstance(text, str) and text.strip()
-    ]
+
+    if lines and not caption_key:
+        value = value.splitlines()
+    elif not isinstance(value, list):
+        value = [value]
+
+    texts = [text.strip() for text in value if isinstance(text, str)]
+    texts = [text[:MAX_CHARACTERS] for text in texts if text]
     if not texts:
         raise BadSample("empty caption")
-    return [text[:MAX_CHARACTERS] for text in texts]
+    return texts

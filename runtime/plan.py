@@ -19,7 +19,7 @@ def report(c):
         num_samples, source = c.train_samples, "train_samples in the config"
     elif c.train_data:
         num_samples, source = (
-            load_index(c.train_data, c.caption_key).num_samples,
+            load_index(c.train_data, c.caption_key, count_remote=c.index_remote).num_samples,
             "the index of the shards",
         )
     else:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2] + [os.environ.get("PYTHONPATH", "")])
+
+# The tests keep indexes of evaluation sets here and not in the user's cache. Removed at the end.
+CACHE = tempfile.TemporaryDirectory(prefix="fastclip-cache-")
+os.environ["FASTCLIP_CACHE"] = CACHE.name
 
 import faults  # noqa: E402 (the path comes first)
 import shapes  # noqa: E402
@@ -35,7 +40,7 @@ def fault():
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache of indexes for this test alone, and no waiting before a shard is tried again."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "cache" / "fastclip"))
     monkeypatch.setattr("ingest.reader.BACK_OFF", (0.01, 0.01, 0.01))
     return tmp_path / "cache" / "fastclip"
 

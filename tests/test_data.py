@@ -1,10 +1,8 @@
 """data.py: the order of samples, samples, the loader on any number of ranks and workers, bad data.
 
-Also worker processes (ingest/workers.py) and evaluation sets (ingest/evaluation.py).
+Also worker processes (ingest/workers.py).
 """
 
-import glob
-import json
 import multiprocessing.forkserver
 import os
 import signal
@@ -19,12 +17,11 @@ import pytest
 import torch
 
 import data
-from config import ConfigError, or_exit
+from config import ConfigError
 from helpers import same
-from ingest import images, index, workers
-from ingest.index import Index, count_samples, load_index
+from ingest import images, workers
+from ingest.index import Index, load_index
 from ingest.reader import ShardError
-from ingest.tar import usable_samples
 from ingest.urls import expand
 from samples import SIZES, N, load, number_of, order_of, picture, sample, write_shards, write_tar
 
@@ -172,7 +169,7 @@ def test_several_sources_and_pipes(shards, tmp_path, own_cache, expected):
     for image, i in zip(images.flatten(0, 1), ids.flatten().tolist()):
         assert number_of(image) == (i if i < N else i - N)
 
-    assert same(load(order_of("pipe:cat " + shards), 0, 10, workers=2), expected[1])
+    assert same(load(order_of("pipe:cat " + shards, count_remote=True), 0, 10, workers=2), expected[1])
     assert len(list(own_cache.glob("pipe-*.json"))) == 1
 
 
@@ -464,181 +461,3 @@ def test_lanes_that_cannot_be_dealt_to_the_ranks_are_refused(shards, batch_size,
     order = data.Order(load_index(shards), batch_size, 8)
     with pytest.raises(ConfigError, match=message):
         data.Loader(order, 8, world_size=3)
-
-
-# ---- evaluation sets ----
-
-
-# ---- the index ----
-
-
-def test_index_is_read_again_and_follows_changes(tmp_path, monkeypatch):
-    pattern, counted, count = write_shards(tmp_path / "a", (3, 4, 5)), [], count_samples
-    monkeypatch.setattr(
-        "ingest.index.count_samples",
-        lambda url, **k: counted.append(os.path.basename(url)) or count(url, **k),
-    )
-    assert load_index(pattern).counts.tolist() == [3, 4, 5] and len(counted) == 3
-    stored = json.load(open(tmp_path / "a" / "index.json"))["shards"]
-    assert (
-        stored["00001.tar"] == {"size": os.path.getsize(tmp_path / "a" / "00001.tar"), "txt": 4}
-        and len(os.listdir(tmp_path / "a")) == 4
-    )
-    load_index(f"{tmp_path}/a/*.tar"), load_index((pattern, pattern))
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert (
-        load_index(f"{tmp_path}/b/0000{{0,2}}.tar").counts.tolist() == [3, 5] and len(counted) == 3
-    )
-    assert load_index(f"{tmp_path}/b/*.tar", "texts").num_samples == 12 and len(counted) == 6
-    write_tar(tmp_path / "b" / "00001.tar", sample(0) + sample(1) + [("padding", bytes(9999))])
-    assert load_index(f"{tmp_path}/b/*.tar").counts.tolist() == [3, 2, 5] and counted[6:] == [
-        "00001.tar"
-    ]
-    assert load_index(f"{tmp_path}/b/*.tar", "texts").counts.tolist() == [3, 2, 5] and counted[
-        7:
-    ] == ["00001.tar"]
-    write_tar(tmp_path / "b" / "00003.tar", sample(0))
-    os.truncate(tmp_path / "b" / "00003.tar", 700)
-    with pytest.raises(ConfigError, match="00003.tar"):
-        load_index(f"{tmp_path}/b/*.tar")
-    (tmp_path / "b" / "index.json").write_text('{"wids_version": 1}')
-    with pytest.raises(
-        ConfigError, match="index.json is not an index that ingest.index wrote: move it away"
-    ):
-        load_index(f"{tmp_path}/b/00000.tar")
-
-
-def test_read_only_folder(tmp_path, monkeypatch):
-    pattern = write_shards(tmp_path / "a", (3,))
-    os.chmod(tmp_path / "a", 0o555)
-    try:
-        assert load_index(pattern).num_samples == 3 and os.listdir(tmp_path / "a") == ["00000.tar"]
-        assert len(glob.glob(str(tmp_path / "cache/fastclip/*.json"))) == 1
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        with pytest.warns(UserWarning, match="the index cannot be written"):
-            assert load_index(pattern).num_samples == 3
-    finally:
-        os.chmod(tmp_path / "a", 0o755)
-
-
-def test_img2dataset_statistics(tmp_path):
-    pattern = write_shards(tmp_path, (6, 6))
-    (tmp_path / "00000_stats.json").write_text('{"count": 9, "successes": 5}')
-    (tmp_path / "00001_stats.json").write_text('{"count": 9, "successes": 5}')
-    with open(tmp_path / "00001.tar", "ab") as f:
-        f.write(b"x" * 1024)  # does not look finished: counted
-    assert load_index(pattern).counts.tolist() == [5, 6]
-    assert load_index("pipe:cat " + pattern).counts.tolist() == [5, 5]
-    assert load_index(pattern, verify=True).counts.tolist() == [6, 6]
-
-
-def test_what_is_a_sample(tmp_path):
-    files = [
-        ("a/1.JPG", picture(1, "jpg")),
-        ("a/1.txt", b"one"),
-        ("b/1.jpg", picture(2, "jpg")),
-        ("b/1.txt", b"two"),
-        ("readme", b""),
-        ("._2.jpg", b""),
-        ("2.seg.png", b""),
-        ("2.jpg", picture(3, "jpg")),
-        ("._2.txt", b""),
-        ("2.txt", b"three"),
-        ("3.jpg", b""),
-        ("4.txt", b""),
-    ]
-    index = load_index(write_tar(tmp_path / "x.tar", files))
-    assert index.counts.tolist() == [3]
-    assert [key for key, _ in usable_samples(index.shards[0], ("txt",), range(0))] == [
-        "a/1",
-        "b/1",
-        "2",
-    ]
-
-
-def test_errors_of_the_index(tmp_path):
-    def refused(pattern, match, **options):
-        with pytest.raises(ConfigError, match=match):
-            load_index(pattern, **options)
-
-    pattern = write_shards(tmp_path / "a", (3, 3, 3))
-    refused(str(tmp_path / "none*.tar"), "matches no file")
-    refused(
-        pattern.replace("00002", "00006"),
-        r"00003.tar does not exist, 4 of 7 shards are missing: fetch them",
-    )
-    refused("a{0..3.tar", "a{0..3.tar")
-    (tmp_path / "zero.tar").touch()
-    refused(
-        str(tmp_path / "zero.tar"),
-        r"zero.tar \(0 bytes\) is unreadable or damaged after 0 samples.*empty header.*fetch it again",
-    )
-    (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(5000))
-    refused(
-        str(tmp_path / "noise.tar"),
-        r"noise.tar \(5000 bytes\) is unreadable or damaged after 0 samples: not a tar",
-    )
-    (tmp_path / "folder.tar").mkdir()
-    refused(str(tmp_path / "folder.tar"), "folder.tar .* is unreadable")
-    refused(
-        "pipe:false {1..2}.tar",
-        "pipe:false 1.tar is unreadable or damaged after 0 samples: the command failed, exit status 1",
-    )
-    whole = (tmp_path / "a" / "00000.tar").read_bytes()
-    with tarfile.open(tmp_path / "a" / "00000.tar") as tar:
-        header, end = (
-            tar.getmember("00002.png" if "00002.png" in tar.getnames() else "00002.webp").offset,
-            tar.getmembers()[-1],
-        )
-        marker = end.offset_data + 512
-    for name, content in (
-        ("payload", whole[: header + 700]),
-        ("boundary", whole[:header]),
-        ("no_marker", whole[:marker]),
-        ("broken", whole[:header] + b"x" * 512 + whole[header + 512 :]),
-    ):
-        (tmp_path / f"{name}.tar").write_bytes(content)
-        refused(
-            str(tmp_path / f"{name}.tar"), f"{name}.tar .*unreadable or damaged after [12] samples"
-        )
-        refused(
-            f"pipe:cat {tmp_path}/{name}.tar",
-            f"{name}.tar is unreadable or damaged after [12] samples",
-        )
-    write_tar(tmp_path / "plain.tar", [(f"{i}.jpg", b"") for i in range(4)] + [("x.json", b"")])
-    refused(
-        str(tmp_path / "plain.tar"),
-        "plain.tar has no usable sample: .*image.*txt; it holds 4 jpg, 1 json; set caption_key",
-    )
-    write_tar(tmp_path / "nothing.tar", [])
-    refused(str(tmp_path / "nothing.tar"), "no usable sample in 1 shards")
-
-
-def test_command_line(tmp_path, capsys):
-    pattern = write_shards(
-        tmp_path / "a", (4, 4), s2={"webp": b"?"}, s6={"jpg": b"?"}, s7={"txt": b""}
-    )
-    result = subprocess.run(
-        [sys.executable, "-m", "ingest.index", pattern, "--verify", f"--out={tmp_path}/out.json"],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        result.returncode == 0
-        and "8 samples in 2 shards" in result.stdout
-        and "indexing" in result.stderr
-    )
-    assert (
-        "00000.tar 00002: corrupt image" in result.stdout
-        and "00001.tar: 4 samples, bad: {'corrupt image': 1, 'empty caption': 1}" in result.stdout
-    )
-    assert (tmp_path / "out.json").exists() and not (tmp_path / "a" / "index.json").exists()
-    assert load_index(pattern, path=str(tmp_path / "out.json")).num_samples == 8
-    index.main([pattern, pattern, "--caption_key", "texts"])
-    assert (
-        "16 samples in 4 shards" in capsys.readouterr().out
-        and (tmp_path / "a" / "index.json").exists()
-    )
-    with pytest.raises(SystemExit, match="error: .*b.tar matches no file"):
-        or_exit(index.main, [str(tmp_path / "b.tar")])

@@ -6,7 +6,6 @@ import tarfile
 
 import pytest
 import torch
-from samples import N, number_of, picture, sample, write_shards, write_tar
 from torchvision.io import encode_png
 
 import config
@@ -19,6 +18,7 @@ from ingest import images
 from ingest.evaluation import check, evaluation_sample, read_samples
 from ingest.index import load_index
 from ingest.tar import captions
+from samples import N, number_of, picture, sample, write_shards, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchVision are:DeprecationWarning")
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
-from samples import png, write_tar
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
@@ -16,6 +15,7 @@ import config
 import data
 from config import ConfigError
 from ingest import evaluation, images, index
+from samples import png, write_tar
 
 # Of 255: the mean difference over the pixels of one picture. The mean over pictures is under 2.
 MAX_DISTANCE = {"torchvision": 0.5, "pillow": 3, "simplejpeg": 3}

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from towers import TINY, TINY_TEXT, captions, perturb, pictures, tiny, tiny_batch
 
 import model as models
+from towers import TINY, TINY_TEXT, captions, perturb, pictures, tiny, tiny_batch
 
 open_clip = pytest.importorskip("open_clip")
 NAMES = list(models.MODELS)

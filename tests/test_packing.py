@@ -8,13 +8,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from towers import captions, pictures, tiny
 
 import data
 import model as models
 import train as training
 from config import Config
 from runtime import hardware
+from towers import captions, pictures, tiny
 
 # Lengths of the captions of a batch, for tiny models: at most 20 tokens.
 LENGTHS = {

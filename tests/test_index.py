@@ -1,0 +1,679 @@
+"""ingest.urls, tar and index: what is a sample, the index and its file, statistics, URLs.
+
+The last tests read the same shards with webdataset.
+"""
+
+import http.server
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import webdataset
+
+import helpers
+from config import ConfigError, or_exit
+from ingest import index, urls
+from ingest.images import BadSample
+from ingest.index import count_samples, load_index
+from ingest.reader import Reader
+from ingest.tar import captions, usable_samples
+from ingest.urls import expand, is_local, sibling
+from samples import picture, sample, write_shards, write_tar
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The names of the shards that are counted, in the order in which that happens."""
+    names = []
+
+    def count(url, **options):
+        names.append(os.path.basename(url))
+        return count_samples(url, **options)
+
+    monkeypatch.setattr("ingest.index.count_samples", count)
+    return names
+
+
+def refused(pattern, match, **options):
+    with pytest.raises(ConfigError, match=match):
+        load_index(pattern, **options)
+
+
+def counts(pattern, *arguments, **options):
+    return load_index(pattern, *arguments, **options).counts.tolist()
+
+
+# ---- what is a sample ----
+
+
+def test_what_is_a_sample(tmp_path):
+    files = [
+        ("a/1.JPG", picture(1, "jpg")),
+        ("a/1.txt", b"one"),
+        ("b/1.jpg", picture(2, "jpg")),
+        ("b/1.txt", b"two"),
+        ("readme", b""),
+        ("._2.jpg", b""),
+        ("2.seg.png", b""),
+        ("2.jpg", picture(3, "jpg")),
+        ("._2.txt", b""),
+        ("2.txt", b"three"),
+        ("3.jpg", b""),
+        ("4.txt", b""),
+    ]
+    loaded = load_index(write_tar(tmp_path / "x.tar", files))
+    assert loaded.counts.tolist() == [3]
+
+    samples = usable_samples(loaded.shards[0], ("txt",), range(0))
+    assert [key for key, _ in samples] == ["a/1", "b/1", "2"]
+
+
+TEXT = b" a dog \r\na cat\n\n \t\nwith\x0ba tab"
+
+
+def test_a_text_is_one_caption_or_one_a_line():
+    whole = captions({"txt": TEXT}, "")
+    assert whole == [TEXT.decode().strip()]
+    assert captions({"txt": TEXT}, "", lines=True) == ["a dog", "a cat", "with\x0ba tab"]
+    assert captions({"txt": b"a dog"}, "", lines=True) == ["a dog"]
+    with pytest.raises(BadSample, match="empty caption"):
+        captions({"txt": b" \n\r\n\n"}, "", lines=True)
+
+
+def test_captions_in_json_are_not_split():
+    files = {"json": b'{"t": ["a dog\\non a mat", "a cat"], "one": "a\\nb"}'}
+    for lines in (False, True):
+        assert captions(files, "t", lines=lines) == ["a dog\non a mat", "a cat"]
+        assert captions(files, "one", lines=lines) == ["a\nb"]
+
+
+# ---- the index and its file ----
+
+
+def test_shards_are_counted_once(tmp_path, counted):
+    pattern = write_shards(tmp_path / "a", (3, 4, 5))
+    assert counts(pattern) == [3, 4, 5]
+    assert len(counted) == 3
+
+    with open(tmp_path / "a" / "index.json") as f:
+        stored = json.load(f)["shards"]
+    size = os.path.getsize(tmp_path / "a" / "00001.tar")
+    assert stored["00001.tar"] == {"size": size, "txt": 4}
+    assert len(os.listdir(tmp_path / "a")) == 4
+
+    load_index(f"{tmp_path}/a/*.tar")
+    load_index((pattern, pattern))
+    assert len(counted) == 3
+
+
+def test_an_index_moves_with_its_folder(tmp_path, counted):
+    load_index(write_shards(tmp_path / "a", (3, 4, 5)))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert counts(f"{tmp_path}/b/0000{{0,2}}.tar") == [3, 5]
+    assert len(counted) == 3
+
+
+def test_a_changed_shard_is_counted_again(tmp_path, counted):
+    folder = tmp_path / "b"
+    load_index(write_shards(folder, (3, 4, 5)))
+    assert load_index(f"{folder}/*.tar", "texts").num_samples == 12
+    assert len(counted) == 6
+
+    write_tar(folder / "00001.tar", sample(0) + sample(1) + [("padding", bytes(9999))])
+    assert counts(f"{folder}/*.tar") == [3, 2, 5]
+    assert counted[6:] == ["00001.tar"]
+    assert counts(f"{folder}/*.tar", "texts") == [3, 2, 5]
+    assert counted[7:] == ["00001.tar"]
+
+    write_tar(folder / "00003.tar", sample(0))
+    os.truncate(folder / "00003.tar", 700)
+    refused(f"{folder}/*.tar", "00003.tar")
+
+
+def test_an_index_of_somebody_else_is_refused(tmp_path):
+    pattern = write_shards(tmp_path, (3,))
+    (tmp_path / "index.json").write_text('{"wids_version": 1}')
+    refused(pattern, "index.json is not an index that ingest.index wrote: move it away")
+
+
+def test_read_only_folder(tmp_path, own_cache, monkeypatch):
+    pattern = write_shards(tmp_path / "a", (3,))
+    os.chmod(tmp_path / "a", 0o555)
+    try:
+        assert counts(pattern) == [3]
+        assert os.listdir(tmp_path / "a") == ["00000.tar"]
+        assert len(list(own_cache.glob("*.json"))) == 1
+
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("FASTCLIP_CACHE", str(tmp_path / "file"))
+        with pytest.warns(UserWarning, match="the index cannot be written"):
+            assert counts(pattern) == [3]
+    finally:
+        os.chmod(tmp_path / "a", 0o755)
+
+
+def test_the_index_of_an_evaluation_set_goes_to_the_cache(tmp_path, own_cache, counted):
+    pattern = write_shards(tmp_path / "a", (3, 4))
+    assert counts(pattern, evaluation=True) == [3, 4]
+    assert counts(pattern, evaluation=True) == [3, 4]
+    assert sorted(os.listdir(tmp_path / "a")) == ["00000.tar", "00001.tar"]
+    assert len(list(own_cache.glob("*.json"))) == 1
+    assert len(counted) == 2
+
+
+def test_an_evaluation_set_uses_our_index_beside_its_shards(tmp_path, own_cache, counted):
+    pattern = write_shards(tmp_path / "a", (3, 4))
+    load_index(pattern)
+    for _ in range(2):
+        assert counts(pattern, evaluation=True) == [3, 4]
+    assert len(counted) == 4  # of txt, and of txt or cls
+    assert not own_cache.exists()
+
+
+@pytest.mark.parametrize("content", ['{"wids_version": 1}', '{"shards": {}}', "[", "\0"])
+def test_an_evaluation_set_leaves_the_index_of_somebody_else_alone(tmp_path, own_cache, content):
+    pattern = write_shards(tmp_path / "a", (3,))
+    (tmp_path / "a" / "index.json").write_text(content)
+    assert counts(pattern, evaluation=True) == [3]
+    assert (tmp_path / "a" / "index.json").read_text() == content
+    assert len(list(own_cache.glob("*.json"))) == 1
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    """$FASTCLIP_CACHE, or a folder of the user's cache."""
+    monkeypatch.setenv("FASTCLIP_CACHE", "/shared/cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert os.path.dirname(index.cache_file("/a/b")) == "/shared/cache"
+    assert os.path.basename(index.cache_file("/a/b")).startswith("-a-b-")
+    monkeypatch.delenv("FASTCLIP_CACHE")
+    assert os.path.dirname(index.cache_file("/a/b")) == "/xdg/fastclip"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert os.path.dirname(index.cache_file("/a/b")) == "/home/user/.cache/fastclip"
+
+
+def test_folders_with_similar_names_have_their_own_files_in_the_cache(tmp_path, own_cache):
+    long = "é" * 60
+    folders = [tmp_path / name for name in ("a-b", "a_b", "a b", "a/b", f"{long}/x", f"{long}é/x")]
+    for size, folder in enumerate(folders, 1):
+        assert counts(write_shards(folder, (size,)), evaluation=True) == [size]
+    for size, folder in enumerate(folders, 1):
+        assert counts(f"{folder}/*.tar", evaluation=True) == [size]
+    assert len(list(own_cache.glob("*.json"))) == len(folders)
+
+
+# ---- refusals ----
+
+
+def test_missing_files(tmp_path):
+    pattern = write_shards(tmp_path / "a", (3, 3, 3))
+    refused(str(tmp_path / "none*.tar"), "matches no file")
+    refused(
+        pattern.replace("00002", "00006"),
+        r"00003.tar does not exist, 4 of 7 shards are missing: fetch them",
+    )
+    refused("a{0..3.tar", "a{0..3.tar")
+
+
+def test_files_that_are_no_tar(tmp_path):
+    (tmp_path / "zero.tar").touch()
+    (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(5000))
+    (tmp_path / "folder.tar").mkdir()
+
+    after_none = "is unreadable or damaged after 0 samples"
+    refused(
+        str(tmp_path / "zero.tar"),
+        rf"zero.tar \(0 bytes\) {after_none}.*empty header.*fetch it again",
+    )
+    refused(str(tmp_path / "noise.tar"), rf"noise.tar \(5000 bytes\) {after_none}: not a tar")
+    refused(str(tmp_path / "folder.tar"), "folder.tar .* is unreadable")
+    refused(
+        "pipe:false {1..2}.tar",
+        f"pipe:false 1.tar {after_none}: the command failed, exit status 1",
+        count_remote=True,
+    )
+
+
+@pytest.mark.parametrize("damage", ["payload", "boundary", "no_marker", "broken"])
+def test_a_shard_that_breaks_off(tmp_path, damage):
+    (path,) = expand(write_shards(tmp_path / "a", (3,)))
+    with open(path, "rb") as f:
+        content = f.read()
+    with tarfile.open(path) as tar:
+        image = "00002.png" if "00002.png" in tar.getnames() else "00002.webp"
+        header = tar.getmember(image).offset
+        marker = tar.getmembers()[-1].offset_data + 512
+
+    damaged = {
+        "payload": content[: header + 700],
+        "boundary": content[:header],
+        "no_marker": content[:marker],
+        "broken": content[:header] + b"x" * 512 + content[header + 512 :],
+    }
+    path = tmp_path / f"{damage}.tar"
+    path.write_bytes(damaged[damage])
+    refused(str(path), f"{damage}.tar .*unreadable or damaged after [12] samples")
+    refused(
+        f"pipe:cat {path}",
+        f"{damage}.tar is unreadable or damaged after [12] samples",
+        count_remote=True,
+    )
+
+
+def test_shards_without_usable_samples(tmp_path):
+    images = [(f"{number}.jpg", b"") for number in range(4)]
+    refused(
+        write_tar(tmp_path / "plain.tar", images + [("x.json", b"")]),
+        "plain.tar has no usable sample: .*image.*txt; it holds 4 jpg, 1 json; set caption_key",
+    )
+    refused(write_tar(tmp_path / "nothing.tar", []), "no usable sample in 1 shards")
+
+
+# ---- the command line ----
+
+
+def test_command_line(tmp_path, capsys):
+    bad = {"s2": {"webp": b"?"}, "s6": {"jpg": b"?"}, "s7": {"txt": b""}}
+    pattern = write_shards(tmp_path / "a", (4, 4), **bad)
+    out = tmp_path / "out.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "ingest.index", pattern, "--verify", f"--out={out}"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0
+    assert "8 samples in 2 shards" in result.stdout
+    assert "indexing" in result.stderr
+    assert "00000.tar 00002: corrupt image" in result.stdout
+    line = "00001.tar: 4 samples, bad: {'corrupt image': 1, 'empty caption': 1}"
+    assert line in result.stdout
+
+    assert out.exists()
+    assert not (tmp_path / "a" / "index.json").exists()
+    assert load_index(pattern, path=str(out)).num_samples == 8
+
+    index.main([pattern, pattern, "--caption_key", "texts"])
+    assert "16 samples in 4 shards" in capsys.readouterr().out
+    assert (tmp_path / "a" / "index.json").exists()
+    with pytest.raises(SystemExit, match="error: .*b.tar matches no file"):
+        or_exit(index.main, [str(tmp_path / "b.tar")])
+
+
+# ---- statistics beside the shards ----
+
+
+def test_img2dataset_statistics(tmp_path):
+    pattern = write_shards(tmp_path, (6, 6))
+    (tmp_path / "00000_stats.json").write_text('{"count": 9, "successes": 5}')
+    (tmp_path / "00001_stats.json").write_text('{"count": 9, "successes": 5}')
+    with open(tmp_path / "00001.tar", "ab") as f:
+        f.write(b"x" * 1024)  # the shard does not look complete, so it is counted
+    assert counts(pattern) == [5, 6]
+    assert counts("pipe:cat " + pattern) == [5, 5]
+    assert counts(pattern, verify=True) == [6, 6]
+
+
+def write_sizes(folder, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "sizes.json").write_text(text)
+
+
+def test_sizes_of_webdataset(tmp_path):
+    pattern = write_shards(tmp_path, (6, 6, 6))
+    write_sizes(tmp_path, {"00000.tar": 5, "00001.tar": 5})
+    with open(tmp_path / "00001.tar", "ab") as f:
+        f.write(b"x" * 1024)  # the shard does not look complete, so it is counted
+    assert counts(pattern) == [5, 6, 6]
+    assert counts("pipe:cat " + pattern, count_remote=True) == [5, 5, 6]
+    assert counts(pattern, verify=True) == [6, 6, 6]
+
+
+@pytest.mark.parametrize("scheme", ["", "pipe:cat "])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "null",
+        "{",
+        "\0",
+        "[" * 100_000,
+        {"00000.tar": "3"},
+        {"00000.tar": -3},
+        {"00000.tar": 0},
+        {"00000.tar": 1e3},
+        {"00000.tar": True},
+        {"00000.tar": None},
+        {"00000.tar": 1 << 40},
+        {"other.tar": 3},
+        {"shards": {"00000.tar": 3}},
+    ],
+    ids=range(14),
+)
+def test_sizes_that_cannot_be_true(tmp_path, scheme, content):
+    pattern = write_shards(tmp_path, (2,))
+    write_sizes(tmp_path, content)
+    assert counts(scheme + pattern, count_remote=True) == [2]
+
+
+@pytest.mark.parametrize("scheme", ["", "pipe:cat "])
+def test_sizes_of_shards_without_such_captions(tmp_path, scheme):
+    """The counts may be of images alone, so the shards must have what is asked for."""
+    pattern = write_shards(tmp_path, (4,), s0={"txt": None}, s1={"txt": None}, s2={"txt": None})
+    write_sizes(tmp_path, {"00000.tar": 4})
+    assert counts(scheme + pattern, "texts") == [4]
+
+    without_txt = write_shards(tmp_path / "b", (2,), s0={"txt": None}, s1={"txt": None})
+    write_sizes(tmp_path / "b", {"00000.tar": 2})
+    refused(scheme + without_txt, "has no usable sample", count_remote=True)
+
+
+# ---- remote sets ----
+
+
+def test_a_remote_set_without_statistics_is_not_read_through_unasked(tmp_path, own_cache, counted):
+    pattern = "pipe:cat " + write_shards(tmp_path, (2, 3))
+    with pytest.raises(ConfigError) as error:
+        load_index(pattern, "texts")
+    message = str(error.value)
+    assert f"{tmp_path}/sizes.json" in message
+    assert f"{tmp_path}/00000_stats.json" in message
+    assert f"`python -m ingest.index '{pattern}' --caption_key texts`" in message
+    assert "index_remote = True" in message
+    assert "train_samples cannot replace the counts" in message
+    assert not own_cache.exists()
+
+    assert counts(pattern, "texts", count_remote=True) == [2, 3]
+
+
+def test_a_remote_set_indexed_by_the_command_line_can_be_trained_on(tmp_path, own_cache, counted):
+    pattern = "pipe:cat " + write_shards(tmp_path, (2, 3))
+    index.main([pattern])
+    assert len(list(own_cache.glob("pipe-cat-*.json"))) == 1
+    counted.clear()
+    assert counts(pattern) == [2, 3]
+    assert counted == []
+
+
+def test_training_and_plan_ask_before_they_read_a_remote_set(tmp_path):
+    settings = {
+        "train_data": "pipe:cat " + write_shards(tmp_path / "a", (2, 3)),
+        "out_dir": str(tmp_path / "run"),
+    }
+    helpers.refused("index_remote = True", **settings)
+    helpers.refused("index_remote = True", plan=True, **settings)
+
+
+def test_a_remote_set_whose_urls_name_no_shard(tmp_path):
+    refused("pipe:echo {1..2}", "no file name in it ends with .tar")
+
+
+def test_a_remote_evaluation_set_is_counted(tmp_path):
+    assert counts("pipe:cat " + write_shards(tmp_path, (2, 3)), evaluation=True) == [2, 3]
+
+
+def test_remote_sizes_take_one_read_and_a_look_at_the_first_shard(tmp_path):
+    pattern = write_shards(tmp_path, (2, 3, 4))
+    write_sizes(tmp_path, {"00000.tar": 2, "00001.tar": 3, "00002.tar": 4})
+    log = tmp_path / "log"
+    assert counts(f"pipe:echo >>{log}; cat {pattern}") == [2, 3, 4]
+    assert log.read_text() == "\n\n"
+
+
+# ---- URLs ----
+
+
+def test_patterns(tmp_path, monkeypatch):
+    write_shards(tmp_path, (1, 1, 1))
+    paths = [f"{tmp_path}/0000{number}.tar" for number in range(3)]
+    monkeypatch.setenv("WDS_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert expand(f"{tmp_path}/{{00000..00002}}.tar") == paths
+    assert expand("${DATA}/*.tar") == paths
+    assert expand("~/0000{0,1,2}.tar") == paths
+    assert expand(f"{paths[0]}::~/0000[12].tar") == paths
+    assert expand((paths[0], f"{tmp_path}/0000{{1..2}}.tar")) == paths
+    assert expand(f"file:{paths[0]}::file://{paths[1]}") == paths[:2]
+    assert expand("pipe:cat {1..2}.tar | cat $f") == [
+        "pipe:cat 1.tar | cat $f",
+        "pipe:cat 2.tar | cat $f",
+    ]
+
+
+@pytest.mark.parametrize(
+    "pattern, match",
+    [
+        (
+            "ais://bucket/{0..9}.tar",
+            "cannot be read from ais:, only from a path, file:, pipe:, s3:",
+        ),
+        ("sftp://host/0.tar", "any command .* will do as pipe:COMMAND"),
+        ("s3://bucket/*.tar", "a remote folder is not listed: name the shards as"),
+        ("${NOWHERE}/0.tar", "the environment variable WDS_NOWHERE is not set"),
+        ("pipe:f={0..1}.tar; cat ${f}", r"a variable of the shell in pipe: is written \$NAME"),
+        ("{s3://bucket,/data}/0.tar", "mixes schemes"),
+        ("hf://datasets/owner/0.tar", "is not hf://"),
+    ],
+)
+def test_patterns_that_are_refused(pattern, match):
+    refused(pattern, match)
+
+
+def test_is_local():
+    for path in ("a.tar", "/a/b.tar", "a:b/0.tar", "C:/0.tar", "", "-", "pipes/0.tar"):
+        assert is_local(path)
+    for url in ("pipe:cat a", "s3://a/0.tar", "hf://a/b/0.tar", "http://h/0.tar", "x+y://a"):
+        assert not is_local(url)
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("/a/b/00000.tar", "/a/b/sizes.json"),
+        ("00000.tar", "sizes.json"),
+        ("s3://b/c/00000.tar", "s3://b/c/sizes.json"),
+        ("https://h/c/00000.tar?key=1/2", "https://h/c/sizes.json?key=1/2"),
+        ("pipe:aws s3 cp s3://b/00000.tar -", "pipe:aws s3 cp s3://b/sizes.json -"),
+        ("pipe:cat '/a b/00000.tar' | cat", "pipe:cat '/a b/sizes.json' | cat"),
+        ("pipe:cat x", ""),
+        ("x.zip", ""),
+    ],
+)
+def test_files_beside_a_shard(url, expected):
+    assert sibling(url, "sizes.json") == expected
+    assert sibling(url, "{stem}_stats.json") == expected.replace("sizes", "00000_stats")
+
+
+def install(folder, **scripts):
+    """Write these scripts as programs into bin/ of a folder. In PATH alone, it hides all others."""
+    (folder / "bin").mkdir()
+    for name, script in scripts.items():
+        path = folder / "bin" / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+COPY = '/bin/cat "$BUCKET/${{{}#*://bucket/}}"'
+PROGRAMS = {
+    "aws": '[ "$1 $2 $4 $#" = "s3 cp - 4" ] || exit 9; ' + COPY.format(3),
+    "gcloud": '[ "$1 $2 $#" = "storage cat 3" ] || exit 9; ' + COPY.format(3),
+    "gsutil": '[ "$1 $#" = "cat 2" ] || exit 9; ' + COPY.format(2),
+}
+
+
+@pytest.mark.parametrize("scheme, program", [("s3", "aws"), ("gs", "gcloud"), ("gs", "gsutil")])
+@pytest.mark.parametrize("folder", ["a", "a'; touch bad; '", "$(touch bad)", "a b"])
+def test_cloud_storage(tmp_path, monkeypatch, scheme, program, folder):
+    """Whatever is in a URL, the shell takes it for a name."""
+    monkeypatch.chdir(tmp_path)
+    install(tmp_path, **{program: PROGRAMS[program]})
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("BUCKET", str(tmp_path / "bucket"))
+    write_shards(tmp_path / "bucket" / folder, (2, 3))
+    write_sizes(tmp_path / "bucket" / folder, {"00000.tar": 2, "00001.tar": 3})
+
+    loaded = load_index(f"{scheme}://bucket/{folder}/{{00000..00001}}.tar")
+    assert loaded.counts.tolist() == [2, 3]
+    assert Reader(loaded).read(4)["txt"] == b"sample 4"
+    assert not (tmp_path / "bad").exists()
+
+
+def test_remote_sets_of_one_folder_share_their_index(tmp_path, monkeypatch, counted):
+    install(tmp_path, aws=PROGRAMS["aws"])
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("BUCKET", str(tmp_path))
+    write_shards(tmp_path / "a", (2, 3))
+    assert counts("s3://bucket/a/{00000..00001}.tar", count_remote=True) == [2, 3]
+    assert len(counted) == 2
+    assert counts("s3://bucket/a/00001.tar") == [3]
+    assert len(counted) == 2
+    assert sorted(os.listdir(tmp_path / "a")) == ["00000.tar", "00001.tar"]
+
+
+@pytest.mark.parametrize(
+    "url, match",
+    [
+        ("s3://bucket/0.tar", "aws is not installed: install .*pip install awscli"),
+        ("gs://bucket/0.tar", "gcloud or gsutil is not installed: install .*Google Cloud"),
+        ("https://host/0.tar", "curl is not installed: install curl"),
+    ],
+)
+def test_programs_that_are_missing(tmp_path, monkeypatch, url, match):
+    install(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    refused(url, match)
+    with pytest.raises(OSError, match=match):
+        urls.open_url(url)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; what lies in hub/ only to those with the token."""
+
+    def do_GET(self):
+        if self.path.startswith("/hub") and self.headers["Authorization"] != "Bearer secret":
+            self.send_error(401)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server of the folder tmp_path -> its address."""
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    monkeypatch.setenv("no_proxy", "*")
+    handler = partial(Handler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_http(tmp_path, server, capfd):
+    write_shards(tmp_path / "a", (2, 3))
+    pattern = f"{server}/a/{{00000..00001}}.tar"
+    refused(pattern, f"{server}/a/00000.tar is remote and has no statistics")
+    assert capfd.readouterr().err.count("404") == 0  # what may be missing is looked for quietly
+    refused(f"{server}/a/00007.tar", "the command failed, exit status 22", count_remote=True)
+    assert "404" in capfd.readouterr().err
+
+    write_sizes(tmp_path / "a", {"00000.tar": 2, "00001.tar": 3})
+    loaded = load_index(pattern)
+    assert loaded.counts.tolist() == [2, 3]
+    assert [Reader(loaded).read(i)["txt"] for i in (1, 4)] == [b"sample 1", b"sample 4"]
+
+
+def test_hugging_face_hub(tmp_path, server, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def url_of(repo, path, repo_type, revision):
+        asked.append((repo, repo_type, revision))
+        return f"{server}/hub/{path}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", url_of)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "secret")
+    write_shards(tmp_path / "hub" / "x", (2,))
+    url = "hf://datasets/owner/name@main/x/00000.tar"
+    loaded = load_index(url, count_remote=True)
+    assert Reader(loaded).read(1)["txt"] == b"sample 1"
+    assert set(asked) == {("owner/name", "dataset", "main")}
+    assert "secret" not in urls.command_of(url)[0]
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    refused("hf://owner/name/x/00000.tar", "exit status 22", count_remote=True)
+    assert asked[-1] == ("owner/name", "model", None)
+
+
+# ---- webdataset reads the same ----
+
+
+def same_as_webdataset(pattern, kinds):
+    """Read shards in both ways, compare the samples -> how many there are."""
+    theirs = {}
+    for entry in webdataset.WebDataset(expand(pattern), shardshuffle=False):
+        names = {"jpg", "png", "webp", *kinds} & entry.keys()
+        theirs[entry["__key__"]] = {name: entry[name] for name in names}
+
+    ours = {}
+    for url in expand(pattern):
+        ours.update(usable_samples(url, kinds, range(sys.maxsize)))
+    assert ours == theirs
+    assert list(ours) == list(theirs)
+    return len(ours)
+
+
+def test_samples_of_webdatasets_writer(tmp_path):
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
+            for number in range(5):
+                files = {
+                    "__key__": f"folder.{shard}/{number}",
+                    "png": picture(number, "png"),
+                    "txt": f"caption {number}",
+                    "json": {"texts": ["one", "two"]},
+                    "seg.png": b"something else",
+                }
+                writer.write(files)
+    pattern = f"{tmp_path}/{{0..1}}.tar"
+    assert same_as_webdataset(pattern, ("txt", "json")) == 10
+    assert counts(pattern) == [5, 5]
+
+
+def test_samples_of_img2dataset(tmp_path):
+    """NNNNN.tar with NNNNNMMMM.jpg, .txt and .json, and NNNNN_stats.json beside it."""
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"{shard:05d}.tar")) as writer:
+            for number in range(4):
+                key = f"{shard:05d}{number:04d}"
+                caption = f"line {number}\nand another"
+                facts = {"key": key, "caption": caption, "status": "success", "width": 40}
+                files = {
+                    "jpg": picture(number, "jpg"),
+                    "txt": caption,
+                    "json": json.dumps(facts, indent=4),
+                }
+                writer.write({"__key__": key, **files})
+        statistics = {"count": 6, "successes": 4, "failed_to_download": 2}
+        (tmp_path / f"{shard:05d}_stats.json").write_text(json.dumps(statistics))
+
+    pattern = f"{tmp_path}/{{00000..00001}}.tar"
+    assert same_as_webdataset(pattern, ("txt", "json")) == 8
+    loaded = load_index("pipe:cat " + pattern)  # by its statistics
+    assert loaded.counts.tolist() == [4, 4]
+    files = Reader(loaded).read(5)
+    assert captions(files, "") == ["line 1\nand another"]
