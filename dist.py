@@ -189,7 +189,7 @@ class GradReducer:
         self.launched = 0  # buckets whose all-reduce has started, always the first ones
 
         if world_size() > 1:
-            self.buckets = pack(self.parameters, bucket_mb * 1e6)
+            self.buckets = make_buckets(self.parameters, bucket_mb * 1e6)
             self.add_hooks()
 
     def add_hooks(self):
@@ -199,9 +199,11 @@ class GradReducer:
                 p.register_post_accumulate_grad_hook(partial(self.gradient_is_ready, bucket))
 
     def zero(self):
-        for bucket in self.buckets:
-            bucket.flat.zero_()
-        if not self.buckets:
+        """Start a step without gradients."""
+        if self.buckets:
+            for bucket in self.buckets:
+                bucket.flat.zero_()
+        else:
             for p in self.parameters:
                 p.grad = None
 
@@ -228,8 +230,7 @@ class GradReducer:
         bucket = self.buckets[self.launched]
         self.launched += 1
 
-        # The sum over ranks spreads a NaN to all of them. This rank's own sum tells where it came
-        # from.
+        # The all-reduce spreads a NaN to all ranks. This rank's own sum tells where it came from.
         bucket.own_sum = bucket.flat.sum()
 
         # Divide before the addition, so that a sum in bfloat16 or float16 stays in range.
@@ -276,7 +277,7 @@ class Bucket:
             offset += p.numel()
 
 
-def pack(parameters, max_bytes):
+def make_buckets(parameters, max_bytes):
     """Divide parameters, the last first, into Buckets of at most `max_bytes`.
 
     A parameter that is larger than that has a bucket of its own.

@@ -263,7 +263,7 @@ def main(argv):
             )
 
             # Decisions that all ranks take together, on what any of them knew a step ago.
-            leave, due, still_writing = agreement.answers()
+            leave, due, still_writing = agreement.result()
             leave = leave or step == last_step
             if leave or due or step % (c.save_steps or order.steps_per_epoch) == 0:
                 watchdog.progress(f"step {step}, saving")

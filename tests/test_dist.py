@@ -202,7 +202,7 @@ def test_the_watchdog_is_out_of_its_store_when_it_stops(monkeypatch):
     dog = watchdog.Watchdog(1.0)
     assert entered.wait(10)
     dog.stop()
-    assert not dog.talker.is_alive() and store.get("watchdog/0/0") == b"gone"
+    assert not dog.heartbeat_thread.is_alive() and store.get("watchdog/0/0") == b"gone"
 
 
 def test_a_gpu_that_is_not_there_is_refused():
