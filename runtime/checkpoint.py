@@ -79,14 +79,15 @@ class Saver:
         # The newest good checkpoint: its folder, or None.
         self.newest = newest
 
-        # The save under way.
+        # The save under way: the thread that writes, the final name of its folder, {file name:
+        # SHA-256} of this rank's files, and what went wrong.
         self.thread = None
-        self.copies = (
-            None  # {file name: its content}, kept, so that the next save reuses the memory
-        )
-        self.folder = ""  # its final name
-        self.sums = {}  # {file name: SHA-256} of this rank's files
+        self.folder = ""
+        self.sums = {}
         self.error = None
+
+        # What it writes, {file name: content}. The next save uses the memory again.
+        self.copies = None
 
         def lock_here():
             return lock_folder(config.out_dir, create=True) if lock is None else lock
@@ -477,6 +478,8 @@ def check_not_overwritten(config, root, newest):
 
 
 def find_requested(folder, names, progress):
+    """-> the folder that config.resume names, verified."""
+    folder = folder.rstrip("/")
     if not os.path.isdir(folder):
         raise ConfigError(
             f"resume = {folder!r} is no checkpoint "

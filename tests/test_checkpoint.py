@@ -258,6 +258,13 @@ def test_damage_to_all_checkpoints_or_to_the_one_asked_for_is_refused(three_chec
         checkpoint.find(config.Config(resume=str(root / "step-00000002")))
 
 
+def test_resume_may_end_in_a_slash(three_checkpoints):
+    """The Saver compares the names of folders."""
+    folder = str(three_checkpoints / "checkpoints" / "step-00000002")
+    c = config.Config(out_dir=str(three_checkpoints), resume=folder + "/")
+    assert checkpoint.find(c) == folder
+
+
 def test_checkpoints_that_were_given_up_are_put_aside(tmp_path):
     """Neither a damaged checkpoint nor one of an abandoned course counts among those to keep."""
 
