@@ -340,8 +340,10 @@ def copy_to_cpu(tree, memory=None):
 
     if isinstance(tree, (list, tuple)):
         old = memory if isinstance(memory, list) else []
-        old = old[: len(tree)] + [None] * (len(tree) - len(old))
-        return [copy_to_cpu(value, previous) for value, previous in zip(tree, old)]
+        copies = []
+        for i, value in enumerate(tree):
+            copies.append(copy_to_cpu(value, old[i] if i < len(old) else None))
+        return copies
 
     if not torch.is_tensor(tree):
         return tree

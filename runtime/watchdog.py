@@ -26,8 +26,7 @@ import torch.distributed as c10d
 import dist
 from config import ConfigError
 
-# A rank counts as dead after so many seconds without a heartbeat (half the timeout, if that is
-# less).
+# Seconds without a heartbeat after which a rank counts as dead; at most half of the timeout.
 SILENCE = 30.0
 GONE = "gone"  # the heartbeat of a rank that has left in good order
 LEAVING = "leaving"  # where a rank is that has finished, and waits for the others to finish
@@ -294,8 +293,9 @@ def describe_hanging(heartbeats):
     where = {}
     for rank, heartbeat in heartbeats.items():
         if heartbeat.count("|") > 1:
-            _, collectives, where[rank] = heartbeat.split("|", 2)
-            begun[rank] = int(collectives)
+            parts = heartbeat.split("|", 2)
+            begun[rank] = int(parts[1])
+            where[rank] = parts[2]
 
     most = max(begun.values(), default=0)
     behind = [rank for rank in begun if begun[rank] < most]
