@@ -29,8 +29,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def test_a_signal_saves_and_leaves(tmp_path, sets, fault, capsys, name):
     """The run that is continued equals one that was not interrupted.
 
-    This includes the rows of the metrics, one in three steps, although step 6 is not saved
-    otherwise.
+    This includes the rows of the metrics, one in three steps.
     """
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     train(one, sets, **SHORT_RUN)
