@@ -28,8 +28,10 @@ import time
 import torch
 from tqdm import tqdm
 
+import conftest  # noqa: F401 (it sets the path of the imports below)
+
+# isort: split
 import config
-import conftest  # noqa: F401 (the path)
 import model as models
 import shapes
 from conftest import ROOT
