@@ -1,15 +1,19 @@
-"""Checkpoints: a folder per step, complete or absent, never half there.
+"""Checkpoints: one folder per step, which is complete or absent, never incomplete.
 
-    out_dir/checkpoints/step-00001200/model.pt                   {"state_dict": ...}, loads in open_clip as it is
-                                      train.pt                   optimizer, step, scaler, random state, log, resolved config
-                                      state-00000-of-00008.pt    each rank's rows of the u-state
-                                      SHA256SUMS                 of all of these; `sha256sum -c SHA256SUMS` checks them, too
-    out_dir/checkpoints/latest                                   the name of the newest complete folder
+    out_dir/checkpoints/step-00001200/
+        model.pt                   {"state_dict": ...}; open_clip loads it as it is
+        train.pt                   optimizer, step, scaler, random state, log, resolved config
+        state-00000-of-00008.pt    each rank's rows of the u-state
+        SHA256SUMS                 of all of these; `sha256sum -c SHA256SUMS` checks them, too
+    out_dir/checkpoints/latest     the name of the newest complete folder
 
-Saving copies everything in memory, which is all that training waits for, and writes the copy beside it: into a folder of another name,
-flushed to the disk, then renamed; `latest` follows last. Files hold tensors and plain Python types only and are read with
-weights_only=True, which runs no code. Before a run is continued every file is compared with its sum; a damaged checkpoint is named,
-and the one before is taken.
+Saving: everything is copied in memory, which is all that training waits for. A thread then writes
+the copy into a folder of another name and flushes it to the disk. After that the folder is
+renamed, and `latest` is written last.
+
+Loading: files hold tensors and plain Python types only, and are read with weights_only=True,
+which runs no code. Before a run is continued, every file is compared with its sum. A damaged
+checkpoint is named, and the one before it is used.
 """
 
 import dataclasses
@@ -31,78 +35,140 @@ from runtime import ranks
 
 SUMS = "SHA256SUMS"
 
+# Settings that a continued run cannot change.
+FIXED_KEYS = (
+    "algorithm",
+    "optimizer",
+    "batch_size",
+    "seed",
+    "lanes",
+    "shuffle_block",
+    "decoder",
+)
+
+# ---- saving ----
+
 
 class Saver:
-    """The checkpoints of one run. All ranks call its methods at the same steps; out_dir is a folder that they share.
+    """The checkpoints of one run. All ranks call its methods at the same steps.
 
-    Raises ConfigError if another run is writing there now."""
+        saver.save(step, log_state)    # copies in memory, and begins to write
+        saver.writing()                # is this rank still writing?
+        saver.commit()                 # waits for all ranks, and makes the checkpoint the newest
+
+    out_dir is a folder that all ranks share.
+    """
 
     def __init__(
         self, config, model, optimizer, loss, scaler, fingerprint="", newest=None, lock=None
     ):
-        """fingerprint: of the data set. newest: the checkpoint that this run starts from, if any. lock: what lock_folder() gave, if it did."""
-        self.config, self.model, self.optimizer, self.loss, self.scaler = (
-            config,
-            model,
-            optimizer,
-            loss,
-            scaler,
-        )
-        self.fingerprint, self.newest, self.root = (
-            fingerprint,
-            newest,
-            os.path.join(config.out_dir, "checkpoints"),
-        )
-        self.thread = self.held = None
-        self.lock = ranks.from_first_rank(
-            lambda: lock_folder(config.out_dir, create=True) if lock is None else lock
-        )
-        for _ in range(30):  # network file systems show new files late
-            if os.path.exists(os.path.join(config.out_dir, ".lock")):
-                break
-            time.sleep(1)
-        else:
-            raise ConfigError(
-                f"rank {dist.rank()} on {socket.gethostname()} does not see {config.out_dir}/.lock, which rank 0 has written: "
-                f"out_dir must be on a disk that all hosts share"
-            )
+        """fingerprint: of the data set, kept in the checkpoint.
+        newest: the checkpoint that this run starts from, if any.
+        lock: what lock_folder() has returned, if it was called.
+
+        Raises ConfigError if another run is writing to out_dir now, or if a rank does not see it.
+        """
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self.scaler = scaler
+        self.fingerprint = fingerprint
+        self.root = os.path.join(config.out_dir, "checkpoints")
+
+        # The newest good checkpoint: its folder, or None.
+        self.newest = newest
+
+        # The save under way: the thread that writes, the final name of its folder, {file name:
+        # SHA-256} of this rank's files, and what went wrong.
+        self.thread = None
+        self.folder = ""
+        self.sums = {}
+        self.error = None
+
+        # What it writes, {file name: content}. The next save uses the memory again.
+        self.copies = None
+
+        def lock_here():
+            return lock_folder(config.out_dir, create=True) if lock is None else lock
+
+        self.lock = ranks.from_first_rank(lock_here)
+        check_shared(config.out_dir)
         if dist.rank() == 0:
-            for name in os.listdir(self.root):  # what a run that was killed has left
-                if name.endswith(".partial"):
-                    remove(os.path.join(self.root, name))
-            # Later checkpoints than the one that this run starts from are damaged, or another course of the run: they are put aside,
-            # so that they never count as the ones before.
-            for name in steps(self.root):
-                if newest is None or step_key(name) > step_key(os.path.basename(newest)):
-                    remove(os.path.join(self.root, name + ".abandoned"))
-                    os.rename(
-                        os.path.join(self.root, name), os.path.join(self.root, name + ".abandoned")
-                    )
+            self.remove_unfinished()
+            self.put_abandoned_aside()
         dist.barrier()
 
+    def remove_unfinished(self):
+        """Remove what a run that was killed while saving has left."""
+        for name in os.listdir(self.root):
+            if name.endswith(".partial"):
+                remove(os.path.join(self.root, name))
+
+    def put_abandoned_aside(self):
+        """Rename the checkpoints that are later than the one that this run starts from.
+
+        They are damaged, or belong to a course of the run that was given up. They must not count as
+        checkpoints to keep or to return to.
+        """
+        for name in steps(self.root):
+            if self.newest and step_key(name) <= step_key(os.path.basename(self.newest)):
+                continue
+            path = os.path.join(self.root, name)
+            remove(path + ".abandoned")
+            os.rename(path, path + ".abandoned")
+
+    # ---- step 1: copy ----
+
     def save(self, step, log_state):
-        """Begin to save checkpoint `step` -> the seconds for which training waited. With save_background=False it is on the disk on
-        return, otherwise after commit(). RuntimeError if a weight is not finite: such a checkpoint is of no use to anybody."""
+        """Begin to save checkpoint `step` -> the seconds for which training waited.
+
+        It is on the disk after commit(), or on return with save_background=False. Raises
+        RuntimeError if a weight is not finite, because such a checkpoint is useless.
+        """
         start = time.monotonic()
-        self.commit()  # one at a time
+        self.commit()  # only one save at a time
+        self.check_finite(step)
+
+        files = self.contents(step, log_state)
+        with dist.averaged_batchnorm(self.model):
+            self.copies = copy_to_cpu(files, self.copies)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # until the copies have arrived
+
+        self.folder = os.path.join(self.root, f"step-{step:08d}")
+        self.sums = {}
+        self.error = None
+        self.thread = threading.Thread(target=self.write_files)
+        self.thread.start()
+
+        if not self.config.save_background:
+            self.commit()
+        return time.monotonic() - start
+
+    def check_finite(self, step):
         weights = self.model.state_dict()
         finite = torch.stack([torch.isfinite(x).all() for x in weights.values()]).tolist()
-        if not all(finite):
-            name = list(weights)[finite.index(False)]
-            raise RuntimeError(
-                f"{name} is not finite after step {step}, which is not saved. {self.describe_newest()}"
-            )
+        if all(finite):
+            return
+        name = list(weights)[finite.index(False)]
+        raise RuntimeError(
+            f"{name} is not finite after step {step}, which is not saved. {self.describe_newest()}"
+        )
+
+    def contents(self, step, log_state):
+        """-> {file name: content} of this rank. The tensors are not copied yet."""
         state = self.loss.state
-        files = {
-            state_file(dist.rank(), dist.world_size()): {
-                "table": state.table[:-1],
-                "columns": state.columns,
-                "num_samples": state.num_samples,
-                "batchnorm": [x.clone() for x in dist.batchnorm(self.model)],
-            }
+        files = {}
+        files[state_file(dist.rank(), dist.world_size())] = {
+            "table": state.table[:-1],
+            "columns": state.columns,
+            "num_samples": state.num_samples,
+            # These are copies: they stay this rank's own while model.pt gets the mean of all ranks.
+            "batchnorm": [x.clone() for x in dist.batchnorm(self.model)],
         }
         if dist.rank() == 0:
-            files["model.pt"] = {"state_dict": weights}
+            files["model.pt"] = {"state_dict": self.model.state_dict()}
             files["train.pt"] = {
                 "step": step,
                 "world_size": dist.world_size(),
@@ -113,117 +179,128 @@ class Saver:
                 "fingerprint": self.fingerprint,
                 "config": dataclasses.asdict(self.config),
             }
-        with dist.averaged_batchnorm(self.model):  # the clones above stay this rank's own
-            self.held = snapshot(files, self.held)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the copies have arrived
-        self.final, self.sums, self.error = os.path.join(self.root, f"step-{step:08d}"), {}, None
-        self.thread = threading.Thread(target=self.write, args=(self.final + ".partial",))
-        self.thread.start()
-        if not self.config.save_background:
-            self.commit()
-        return time.monotonic() - start
+        return files
 
-    def write(self, folder):
-        """In a thread: this rank's files, and their sums. What goes wrong is kept for commit()."""
+    # ---- step 2: write, in a thread ----
+
+    def write_files(self):
+        """Write this rank's files, and note their sums, or the error, for commit()."""
         try:
-            os.makedirs(folder, exist_ok=True)
-            for name, content in self.held.items():
-                self.sums[name] = write(os.path.join(folder, name), content)
+            os.makedirs(self.folder + ".partial", exist_ok=True)
+            for name, content in self.copies.items():
+                path = os.path.join(self.folder + ".partial", name)
+                self.sums[name] = write_file(path, content)
         except Exception as error:
-            self.error = (
-                f"rank {dist.rank()} on {socket.gethostname()}: {type(error).__name__}: {error}"
-            )
+            self.error = f"rank {dist.rank()} on {socket.gethostname()}: {describe(error)}"
 
     def writing(self):
         return self.thread is not None and self.thread.is_alive()
 
+    # ---- step 3: publish ----
+
     def commit(self):
-        """Wait until every rank has written its files, and make the checkpoint the newest -> True, or False if it could not be
-        written: then that is said, what there is of it is removed, and the checkpoints before it stay."""
+        """Wait until every rank has written its files, and make the checkpoint the newest.
+
+        -> True; False if it could not be written. Then rank 0 says so, what there is of it is
+        removed, and the checkpoints before it stay.
+        """
         if self.thread is None:
             return True
         self.thread.join()
         self.thread = None
+
         results = dist.all_gather_objects((self.sums, self.error))
         errors = [error for _, error in results if error]
         if dist.rank() == 0 and not errors:
+            sums = {}
+            for sums_of_rank, _ in results:
+                sums.update(sums_of_rank)
             try:
-                self.publish({name: digest for sums, _ in results for name, digest in sums.items()})
+                self.publish(sums)
             except OSError as error:
-                errors = [f"rank 0 on {socket.gethostname()}: {type(error).__name__}: {error}"]
-        errors = dist.all_gather_objects(errors)[
-            0
-        ]  # after this the checkpoint is there, on every rank's disk
-        if not errors:
-            self.newest = self.final
-            return True
-        if dist.rank() == 0:
-            remove(self.final + ".partial")
-            disk = shutil.disk_usage(self.root)
-            print(
-                f"error: {os.path.basename(self.final)} could not be saved: {'; '.join(errors[:4])}. It takes about {self.bytes() / 1e9:.2f} GB; "
-                f"{self.root} has {disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB free. {self.describe_newest()}",
-                file=sys.stderr,
-                flush=True,
-            )
-        return False
+                errors = [f"rank 0 on {socket.gethostname()}: {describe(error)}"]
+
+        # Rank 0 decides. The other ranks go on only after the checkpoint is complete.
+        errors = dist.all_gather_objects(errors)[0]
+        if errors:
+            if dist.rank() == 0:
+                self.report_failed_save(errors)
+            return False
+        self.newest = self.folder
+        return True
 
     def publish(self, sums):
-        """On rank 0, when all files are on the disk."""
-        partial = self.final + ".partial"
+        """On rank 0, when all files are written: make the folder complete and known.
+
+        sums: {file name: SHA-256} of all ranks.
+        """
+        partial = self.folder + ".partial"
         unseen = [name for name in sums if not os.path.exists(os.path.join(partial, name))]
         if unseen:
             raise OSError(
-                f"rank 0 does not see {', '.join(unseen[:4])}, which other ranks have written: out_dir must be on a disk that all hosts share"
+                f"rank 0 does not see {', '.join(unseen[:4])}, which other ranks have written: "
+                f"out_dir must be on a disk that all hosts share"
             )
-        with open(os.path.join(partial, SUMS), "w") as f:
-            f.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-            flush(f)
+
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+        write_text(os.path.join(partial, SUMS), "".join(lines))
         flush_folder(partial)
-        os.rename(partial, self.final)
+        os.rename(partial, self.folder)
         flush_folder(self.root)
-        name = os.path.basename(self.final)
-        with open(os.path.join(self.root, "latest.partial"), "w") as f:
-            f.write(name)
-            flush(f)
-        os.replace(os.path.join(self.root, "latest.partial"), os.path.join(self.root, "latest"))
+
+        latest = os.path.join(self.root, "latest")
+        write_text(latest + ".partial", os.path.basename(self.folder))
+        os.replace(latest + ".partial", latest)
         flush_folder(self.root)
-        for old in steps(self.root)[self.config.keep :]:
-            remove(os.path.join(self.root, old))
+
+        for name in steps(self.root)[self.config.keep :]:
+            remove(os.path.join(self.root, name))
+
+    def report_failed_save(self, errors):
+        """On rank 0: remove what there is of the checkpoint, and print why there is none."""
+        remove(self.folder + ".partial")
+        disk = shutil.disk_usage(self.root)
+        print(
+            f"error: {os.path.basename(self.folder)} could not be saved: {'; '.join(errors[:4])}. "
+            f"It takes about {self.num_bytes() / 1e9:.2f} GB; {self.root} has "
+            f"{disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB free. {self.describe_newest()}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def describe_newest(self):
-        return (
-            f"The newest good checkpoint is {self.newest}"
-            if self.newest
-            else "There is no checkpoint yet"
-        )
+        if self.newest:
+            return f"The newest good checkpoint is {self.newest}"
+        return "There is no checkpoint yet"
 
-    def bytes(self):
+    def num_bytes(self):
         """About how large a checkpoint is: weights, moments, and the u-state of all ranks."""
-        tensors = (
-            *self.model.state_dict().values(),
-            *(x for s in self.optimizer.state.values() for x in s.values() if torch.is_tensor(x)),
-        )
-        return sum(
-            x.numel() * x.element_size() for x in tensors
-        ) + 4 * self.loss.state.num_samples * len(self.loss.state.columns)
+        tensors = list(self.model.state_dict().values())
+        for moments in self.optimizer.state.values():
+            tensors += [x for x in moments.values() if torch.is_tensor(x)]
+
+        state = self.loss.state
+        return sum(dist.num_bytes(x) for x in tensors) + 4 * state.num_samples * len(state.columns)
 
     def close(self):
-        """Let the next run write here."""
-        if (
-            dist.rank() == 0 and self.lock is not None and not self.writing()
-        ):  # if something still writes, the process's end does it
+        """Let the next run write to out_dir."""
+        # If a thread still writes, the lock is released by the end of the process.
+        if dist.rank() == 0 and self.lock is not None and not self.writing():
             os.close(self.lock)
             self.lock = None
 
 
 def lock_folder(out_dir, create=False):
-    """Lock out_dir for this process, for as long as it lives -> a file descriptor, or None where the file system knows no locks, or
-    where there is no such folder (create: make it, and its checkpoints folder). ConfigError if another process has it."""
+    """Lock out_dir for this process, for as long as it lives -> a file descriptor.
+
+    create: make the folder, and its checkpoints folder, if it is missing.
+    -> None if there is no such folder, or if the file system has no locks.
+    Raises ConfigError if another process has locked it.
+    """
     if not create and not os.path.isdir(out_dir):
         return None
     os.makedirs(os.path.join(out_dir, "checkpoints"), exist_ok=True)
+
     lock = os.open(os.path.join(out_dir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,47 +308,72 @@ def lock_folder(out_dir, create=False):
     except BlockingIOError:
         os.close(lock)
         raise ConfigError(
-            f"another run is writing to {out_dir} now: wait until it has ended, or choose another --out_dir"
+            f"another run is writing to {out_dir} now: wait until it has ended, or choose another "
+            f"--out_dir"
         ) from None
     except OSError:
         return None
 
 
-def snapshot(tree, held=None):
-    """Nested dicts, lists and tensors -> the same on the CPU, in memory of its own; that of `held`, an earlier result, is used
-    again where it fits. Copies from a GPU may still be under way on return."""
+def check_shared(out_dir):
+    """ConfigError if this rank does not see the lock file of rank 0."""
+    path = os.path.join(out_dir, ".lock")
+    for _ in range(30):  # seconds: network file systems show new files late
+        if os.path.exists(path):
+            return
+        time.sleep(1)
+    raise ConfigError(
+        f"rank {dist.rank()} on {socket.gethostname()} does not see {path}, which rank 0 has "
+        f"written: out_dir must be on a disk that all hosts share"
+    )
+
+
+def copy_to_cpu(tree, memory=None):
+    """Nested dicts, lists and tensors -> the same on the CPU, in memory of its own.
+
+    memory: an earlier result, whose tensors are used again where they fit.
+    Copies from a GPU may still be under way on return.
+    """
     if isinstance(tree, dict):
-        return {
-            k: snapshot(v, held.get(k) if isinstance(held, dict) else None) for k, v in tree.items()
-        }
+        old = memory if isinstance(memory, dict) else {}
+        return {key: copy_to_cpu(value, old.get(key)) for key, value in tree.items()}
+
     if isinstance(tree, (list, tuple)):
-        return [
-            snapshot(v, held[i] if isinstance(held, list) and i < len(held) else None)
-            for i, v in enumerate(tree)
-        ]
+        old = memory if isinstance(memory, list) else []
+        copies = []
+        for i, value in enumerate(tree):
+            copies.append(copy_to_cpu(value, old[i] if i < len(old) else None))
+        return copies
+
     if not torch.is_tensor(tree):
         return tree
-    if not (
-        torch.is_tensor(held)
-        and held.shape == tree.shape
-        and held.dtype == tree.dtype
-        and held.stride() == tree.stride()
-    ):
-        held = torch.empty_like(
-            tree, device="cpu", pin_memory=tree.is_cuda
-        )  # strides too: channels_last stays so
-    return held.copy_(tree.detach(), non_blocking=True)
+
+    if not fits(memory, tree):
+        # This keeps the strides, too: channels_last stays channels_last.
+        memory = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)
+    return memory.copy_(tree.detach(), non_blocking=True)
+
+
+def fits(memory, x):
+    """Can tensor x be copied into `memory` without loss of shape, dtype or layout?"""
+    if not torch.is_tensor(memory):
+        return False
+    return memory.shape == x.shape and memory.dtype == x.dtype and memory.stride() == x.stride()
+
+
+# ---- files ----
 
 
 def state_file(rank, world_size):
     return f"state-{rank:05d}-of-{world_size:05d}.pt"
 
 
-class Digest:
-    """A file to write to, and the SHA-256 of what was written."""
+class HashingFile:
+    """A file to write to that also computes the SHA-256 of what is written."""
 
     def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file = file
+        self.sha256 = hashlib.sha256()
 
     def write(self, data):
         self.sha256.update(data)
@@ -281,13 +383,19 @@ class Digest:
         self.file.flush()
 
 
-def write(path, content):
+def write_file(path, content):
     """torch.save, down to the disk -> the file's SHA-256 in hexadecimal."""
     with open(path, "wb") as f:
-        digest = Digest(f)
-        torch.save(content, digest)
+        hashing = HashingFile(f)
+        torch.save(content, hashing)
         flush(f)
-    return digest.sha256.hexdigest()
+    return hashing.sha256.hexdigest()
+
+
+def write_text(path, text):
+    with open(path, "w") as f:
+        f.write(text)
+        flush(f)
 
 
 def flush(f):
@@ -302,194 +410,302 @@ def flush_folder(path):
 
 
 def remove(path):
-    """A folder or a file, if it is there. A folder is renamed first, so that none is ever seen half removed."""
+    """Remove a folder or a file, if it is there.
+
+    A folder is renamed first, so that no checkpoint is ever seen while it is being removed.
+    """
     if os.path.isdir(path):
         if not path.endswith(".partial"):
-            shutil.rmtree(path + ".old.partial", ignore_errors=True)
-            os.rename(path, path + ".old.partial")
-            path += ".old.partial"
+            unfinished = path + ".old.partial"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.rename(path, unfinished)
+            path = unfinished
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.exists(path):
         os.remove(path)
 
 
 def steps(root):
-    """The checkpoints' names, newest first."""
-    return sorted(
-        (d for d in os.listdir(root) if re.fullmatch(r"step-\d{8,}", d)), key=step_key, reverse=True
-    )
+    """-> the names of the checkpoints in the folder root, newest first."""
+    names = [name for name in os.listdir(root) if re.fullmatch(r"step-\d{8,}", name)]
+    return sorted(names, key=step_key, reverse=True)
 
 
 def step_key(name):
-    """What orders checkpoints' names by step."""
+    """The key that orders names of checkpoints by step, also beyond 8 digits."""
     return len(name), name
 
 
-def verify(folder, names=None, progress=lambda where: None):
-    """What is wrong with the files of a checkpoint (or with `names` among them), in words; None if all are as they were written."""
-    try:
-        with open(os.path.join(folder, SUMS)) as f:
-            sums = {name: digest for digest, name in (line.split() for line in f)}
-        for name in names or [*sums, "model.pt", "train.pt"]:
-            progress(f"start-up, verifying {os.path.join(folder, name)}")
-            with open(os.path.join(folder, name), "rb") as f:
-                sha256 = hashlib.sha256()
-                while data := f.read(1 << 20):
-                    sha256.update(data)
-                if sha256.hexdigest() != sums.get(name):
-                    return f"{name} is not what was written ({os.path.getsize(f.name)} bytes, another SHA-256)"
-    except FileNotFoundError as error:
-        return f"{os.path.basename(error.filename)} is missing"
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+def describe(error):
+    return f"{type(error).__name__}: {error}"
+
+
+# ---- finding ----
 
 
 def find(config, names=None, progress=lambda where: None):
-    """config.resume -> the checkpoint folder to start from, or None. Every file (or `names`) is compared with its sum; of "auto"'s
-    checkpoints the newest undamaged one is taken, and the damaged ones are named on stderr. ConfigError if what is asked for is not
-    there, or if a new run would be written over an old one. progress(where) is told of progress."""
+    """config.resume -> the checkpoint folder to start from, or None.
+
+    For "auto" it is the newest checkpoint that is not damaged; damaged ones are named on stderr.
+
+    names: verify these files only, not all of them.
+    progress(where): called while files are verified.
+    Raises ConfigError if the checkpoint asked for is missing or damaged, if all are damaged, or
+    if a new run would be written over an old one.
+    """
     root = os.path.join(config.out_dir, "checkpoints")
-    there = steps(root) if os.path.isdir(root) else []
-    another = config.resume not in ("auto", "none") and os.path.abspath(
-        os.path.dirname(config.resume.rstrip("/"))
-    ) != os.path.abspath(root)
-    if there and (config.resume == "none" or another) and not names:
-        raise ConfigError(
-            f"{config.out_dir} already holds a run, saved at {there[0]}. Continue it with --resume=auto, "
-            f"choose another --out_dir, or delete that folder"
-        )
+    existing = steps(root) if os.path.isdir(root) else []
+    if existing and not names:
+        check_not_overwritten(config, root, existing[0])
+
     if config.resume not in ("auto", "none"):
-        if not os.path.isdir(config.resume):
-            raise ConfigError(
-                f"resume = {config.resume!r} is no checkpoint (give a folder like runs/NAME/checkpoints/step-00001000)"
-            )
-        if wrong := verify(config.resume, names, progress):
-            raise ConfigError(f"{config.resume} cannot be used: {wrong}; use another checkpoint")
-        return config.resume
-    if not there:
-        return None
-    try:
-        with open(os.path.join(root, "latest"), errors="replace") as f:
-            latest = f.read().strip()
-    except OSError:
-        latest = ""
-    # A newer folder than `latest` is of a save that was not finished, by a rename.
-    candidates = [d for d in there if step_key(d) <= step_key(latest)] or there
+        return find_requested(config.resume, names, progress)
+    if existing:
+        return find_newest(root, existing, names, progress)
+    return None
+
+
+def check_not_overwritten(config, root, newest):
+    """ConfigError if out_dir already holds a run that this one does not continue."""
+    if config.resume == "auto":
+        return
+    if config.resume != "none":
+        requested_root = os.path.dirname(config.resume.rstrip("/"))
+        if os.path.abspath(requested_root) == os.path.abspath(root):
+            return
+    raise ConfigError(
+        f"{config.out_dir} already holds a run, saved at {newest}. Continue it with --resume=auto, "
+        f"choose another --out_dir, or delete that folder"
+    )
+
+
+def find_requested(folder, names, progress):
+    """-> the folder that config.resume names, verified."""
+    folder = folder.rstrip("/")
+    if not os.path.isdir(folder):
+        raise ConfigError(
+            f"resume = {folder!r} is no checkpoint "
+            f"(give a folder like runs/NAME/checkpoints/step-00001000)"
+        )
+    wrong = verify(folder, names, progress)
+    if wrong:
+        raise ConfigError(f"{folder} cannot be used: {wrong}; use another checkpoint")
+    return folder
+
+
+def find_newest(root, existing, names, progress):
+    """-> the newest of the `existing` checkpoints in the folder root that is not damaged."""
+    latest = read_latest(root)
+    # A folder that is newer than `latest` belongs to a save that was killed just after its rename.
+    candidates = [name for name in existing if step_key(name) <= step_key(latest)]
+
     damaged = []
-    for name in candidates:
+    for name in candidates or existing:
         folder = os.path.join(root, name)
         wrong = verify(folder, names, progress)
         if not wrong:
             if name != latest:
-                print(
-                    f"warning: continuing from {name}, the newest checkpoint that is whole",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warn(f"continuing from {name}, the newest checkpoint that is complete")
             return folder
         damaged.append(f"{name}: {wrong}")
-        print(f"warning: {folder} is damaged: {wrong}", file=sys.stderr, flush=True)
+        warn(f"{folder} is damaged: {wrong}")
+
     raise ConfigError(
-        f"all checkpoints in {root} are damaged ({'; '.join(damaged)}); restore one, or delete the folder and start anew"
+        f"all checkpoints in {root} are damaged ({'; '.join(damaged)}); restore one, or delete the "
+        f"folder and start anew"
     )
 
 
+def read_latest(root):
+    """-> the content of the file `latest`, "" if there is none. It may be damaged."""
+    try:
+        with open(os.path.join(root, "latest"), errors="replace") as f:
+            return f.read().strip()
+    except OSError:
+        return ""
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def verify(folder, names=None, progress=lambda where: None):
+    """Compare the files of a checkpoint with their sums -> what is wrong, in words, or None.
+
+    names: of the files to verify; all of them, by default.
+    """
+    try:
+        sums = read_sums(folder)
+        for name in names or [*sums, "model.pt", "train.pt"]:
+            path = os.path.join(folder, name)
+            progress(f"start-up, verifying {path}")
+            if sha256_of(path) != sums.get(name):
+                size = os.path.getsize(path)
+                return f"{name} is not what was written ({size} bytes, another SHA-256)"
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename)} is missing"
+    except (OSError, ValueError) as error:
+        return describe(error)
+    return None
+
+
+def read_sums(folder):
+    """-> {file name: SHA-256}. Raises OSError or ValueError if the file of sums is damaged."""
+    sums = {}
+    with open(os.path.join(folder, SUMS)) as f:
+        for line in f:
+            digest, name = line.split()
+            sums[name] = digest
+    return sums
+
+
+def sha256_of(path):
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(1 << 20):
+            sha256.update(data)
+    return sha256.hexdigest()
+
+
+# ---- loading ----
+
+
 def read(path, mmap=False):
-    """Load one file of a checkpoint to the CPU; ConfigError if it is missing or damaged. mmap: read only what is then used."""
+    """Load one file of a checkpoint to the CPU. ConfigError if it is missing or damaged.
+
+    mmap: read only the tensors that are then used.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: is this a checkpoint folder?") from None
     except Exception as error:
         raise ConfigError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); use the checkpoint before it"
+            f"{path} cannot be read ({describe(error)}); use the checkpoint before it"
         ) from error
 
 
-def load_model(path, model, config=None):
-    """Copy the weights in the folder `path` into model; ConfigError if they are another model's (naming what differs)."""
-    weights, here = read(os.path.join(path, "model.pt"))["state_dict"], model.state_dict()
-    wrong = [
-        f"{k} is {list(weights[k].shape) if k in weights else 'absent'} there and {list(here[k].shape) if k in here else 'absent'} here"
-        for k in {**here, **weights}
-        if k not in weights or k not in here or weights[k].shape != here[k].shape
-    ]
-    if wrong:
-        there = read(os.path.join(path, "train.pt"))["config"]
-        keys = [
-            f"{k} = {there.get(k)!r} there, {getattr(config, k)!r} here"
-            for k in ("model", *MODEL_KEYS)
-            if config and there.get(k) != getattr(config, k)
-        ]
-        raise ConfigError(
-            f"{path} holds another model: {'; '.join(keys or wrong[:1])} ({len(wrong)} tensors differ, the first: {wrong[0]})"
-        )
-    model.load_state_dict(weights)
-
-
 def load(path, model, optimizer, loss, scaler, config, fingerprint=""):
-    """Continue from the folder `path` -> (the number of steps done, the log's state). Every rank calls this. The world size may be
-    another than the one that saved: rows of the u-state are found by sample id. ConfigError if the checkpoint is of another model,
-    algorithm or data set."""
+    """Continue from the folder `path` -> (number of steps done, the log's state).
+
+    All ranks call this. The number of ranks may be another than the one that saved: rows of the
+    u-state are found by sample id. Raises ConfigError if the checkpoint is of another model,
+    algorithm or data set.
+    """
     load_model(path, model, config)
     train = read(os.path.join(path, "train.pt"))
-    there = {
-        **{f.name: f.default for f in dataclasses.fields(config)},
-        **train["config"],
-    }  # a key may be younger than the checkpoint
-    for key in (
-        "algorithm",
-        "optimizer",
-        "batch_size",
-        "seed",
-        "lanes",
-        "shuffle_block",
-        "decoder",
-    ):
-        if there[key] != getattr(config, key):
-            raise ConfigError(
-                f"{path} was trained with {key} = {there[key]!r}, this run has {getattr(config, key)!r}; a continued run cannot change it"
-            )
-    if train["fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"{path} was trained on another data set, or on another order of shards: its index differs from that of "
-            f"train_data = {config.train_data}, so ids would mean other samples"
-        )
-    fresh = [
-        {k: v for k, v in group.items() if k in ("weight_decay", "betas", "eps", "momentum")}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(train["optimizer"])
-    for group, settings in zip(optimizer.param_groups, fresh):
-        group.update(settings)  # the moments are the checkpoint's, the settings this run's
-    for p, state in optimizer.state.items():
-        for (
-            name,
-            x,
-        ) in state.items():  # fused optimizers walk through memory: moments lie as their weights do
-            if torch.is_tensor(x) and x.shape == p.shape and x.stride() != p.stride():
-                state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
+    check_same_run(path, train, config, fingerprint)
+
+    load_optimizer(optimizer, train["optimizer"])
     if train["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(train["scaler"])
     torch.set_rng_state(train["rng"])
-    state, K = loss.state, train["world_size"]
-    for r in (
-        range(K) if K != dist.world_size() else [dist.rank()]
-    ):  # id i was saved by rank i mod K, in row i // K
-        saved = read(os.path.join(path, state_file(r, K)), mmap=True)
+
+    load_rank_states(path, model, loss.state, train["world_size"])
+    return train["step"], train["log"]
+
+
+def load_model(path, model, config=None):
+    """Copy the weights in the folder `path` into model.
+
+    Raises ConfigError, which says what differs, if they are another model's.
+    """
+    saved = read(os.path.join(path, "model.pt"))["state_dict"]
+    here = model.state_dict()
+
+    different = []
+    for name in {**here, **saved}:
+        if shape_of(saved, name) != shape_of(here, name):
+            different.append(
+                f"{name} is {shape_of(saved, name)} there and {shape_of(here, name)} here"
+            )
+    if different:
+        settings = different_settings(path, config) if config else []
+        raise ConfigError(
+            f"{path} holds another model: {'; '.join(settings or different[:1])} "
+            f"({len(different)} tensors differ, the first: {different[0]})"
+        )
+    model.load_state_dict(saved)
+
+
+def shape_of(weights, name):
+    return list(weights[name].shape) if name in weights else "absent"
+
+
+def different_settings(path, config):
+    """-> sentences on the settings of the model that are not those of the checkpoint."""
+    saved = read(os.path.join(path, "train.pt"))["config"]
+    sentences = []
+    for key in ("model", *MODEL_KEYS):
+        value = getattr(config, key)
+        if saved.get(key) != value:
+            sentences.append(f"{key} = {saved.get(key)!r} there, {value!r} here")
+    return sentences
+
+
+def check_same_run(path, train, config, fingerprint):
+    """ConfigError if the checkpoint is of another algorithm, order of samples or data set.
+
+    train: the content of train.pt.
+    """
+    # A key that is younger than the checkpoint had its default value then.
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    saved = {**defaults, **train["config"]}
+    for key in FIXED_KEYS:
+        if saved[key] != getattr(config, key):
+            raise ConfigError(
+                f"{path} was trained with {key} = {saved[key]!r}, this run has "
+                f"{getattr(config, key)!r}; a continued run cannot change it"
+            )
+
+    if train["fingerprint"] != fingerprint:
+        raise ConfigError(
+            f"{path} was trained on another data set, or on another order of shards: its index "
+            f"differs from that of train_data = {config.train_data}, so ids would mean other "
+            f"samples"
+        )
+
+
+def load_optimizer(optimizer, saved):
+    """Take the moments from the checkpoint, and keep this run's settings."""
+    settings_here = []
+    for group in optimizer.param_groups:
+        kept = ("weight_decay", "betas", "eps", "momentum")
+        settings_here.append({key: group[key] for key in kept if key in group})
+
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, settings_here):
+        group.update(settings)
+
+    # Fused optimizers go through memory in its order, so moments need the strides of their weights.
+    for p, state in optimizer.state.items():
+        for name, x in state.items():
+            if torch.is_tensor(x) and x.shape == p.shape and x.stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
+
+
+def load_rank_states(path, model, state, saved_world_size):
+    """Fill this rank's rows of the u-state, and its BatchNorm statistics, from the ranks' files.
+
+    Among K ranks, sample id i belongs to rank i mod K, as row i // K of its table. At the same
+    number of ranks a rank reads its own file only, otherwise it picks its ids from all of them.
+    """
+    same_world = saved_world_size == dist.world_size()
+    for rank in [dist.rank()] if same_world else range(saved_world_size):
+        saved = read(os.path.join(path, state_file(rank, saved_world_size)), mmap=True)
         if saved["columns"] != state.columns or saved["num_samples"] != state.num_samples:
             raise ConfigError(
-                f"{path} keeps {saved['columns']} for {saved['num_samples']} samples, this run {state.columns} for "
-                f"{state.num_samples}: it is of another algorithm or data set"
+                f"{path} keeps {saved['columns']} for {saved['num_samples']} samples, this run "
+                f"{state.columns} for {state.num_samples}: it is of another algorithm or data set"
             )
-        if K == dist.world_size():
+
+        if same_world:
             for x, own in zip(dist.batchnorm(model), saved["batchnorm"]):
                 x.copy_(own)
         if not state.columns:
             break
-        ids = torch.arange(r, state.num_samples, K)
-        mine = ids % dist.world_size() == dist.rank()
-        state.table[ids[mine] // dist.world_size()] = saved["table"][: len(ids)][mine].to(
-            state.table.device
-        )
-    return train["step"], train["log"]
+
+        ids = torch.arange(rank, state.num_samples, saved_world_size)  # in the order of saved rows
+        belongs_here = ids % dist.world_size() == dist.rank()
+        rows = saved["table"][: len(ids)][belongs_here]
+        state.table[ids[belongs_here] // dist.world_size()] = rows.to(state.table.device)

@@ -1,4 +1,4 @@
-"""What this machine's device can do: precision, compilation, speed."""
+"""What the device of this machine can do: precision, compilation, speed."""
 
 import contextlib
 import math
@@ -7,63 +7,76 @@ import shutil
 import sys
 import sysconfig
 import time
+from functools import partial
 
 import torch
 
 import dist
 from config import ConfigError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def precision(name, device):
-    """config.precision -> the dtype in which the towers compute on `device`. ConfigError where that cannot be."""
+    """config.precision -> the dtype in which the towers compute on `device`.
+
+    "auto" is bfloat16 on a GPU that has it in hardware, and float32 elsewhere.
+    Raises ConfigError for float16 on the CPU.
+    """
     if name == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-            else torch.float32
-        )
+        including_emulation = False
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation):
+            return torch.bfloat16
+        return torch.float32
     if name == "fp16" and device.type == "cpu":
         raise ConfigError("precision = 'fp16' needs a GPU; on the CPU use fp32 or bf16")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
+
+
+def autocast(dtype, device):
+    """-> a function that makes the context in which the towers run."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext
+    return partial(torch.autocast, device.type, dtype)
 
 
 def compiles(setting, device):
-    """config.compile -> whether to compile on `device`. "auto" does without where torch's compiler has nothing to build with, and says so."""
-    if setting != "auto" or device.type != "cuda":
-        return setting is True
-    missing = (
-        []
-        if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        else ["a C compiler"]
-    )
-    missing += (
-        []
-        if os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
-        else ["Python.h"]
-    )
+    """config.compile -> whether to compile the towers on `device`.
+
+    "auto" compiles on a GPU, unless torch's compiler lacks something to build with. Rank 0 says so.
+    """
+    if setting != "auto":
+        return setting
+    if device.type != "cuda":
+        return False
+
+    missing = missing_build_tools()
     if missing and dist.rank() == 0:
         print(
-            f"training without torch.compile, and slower: it needs {' and '.join(missing)} (Debian, Ubuntu: apt install gcc python3-dev)",
+            f"training without torch.compile, and slower: it needs {' and '.join(missing)} "
+            f"(Debian, Ubuntu: apt install gcc python3-dev)",
             file=sys.stderr,
         )
     return not missing
 
 
-def autocast(dtype, device):
-    """-> a function that makes the context in which the towers run."""
-    return (
-        contextlib.nullcontext
-        if dtype == torch.float32
-        else lambda: torch.autocast(device.type, dtype)
-    )
+def missing_build_tools():
+    """-> what torch's compiler needs and this machine lacks, in words."""
+    missing = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing.append("a C compiler")
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        missing.append("Python.h")
+    return missing
 
 
 def peak_flops(dtype, device):
-    """Matrix-multiply rate measured here, FLOP/s: what MFU is a share of."""
+    """The rate of a matrix product, measured here, in FLOP/s. MFU is a share of it."""
     n = 8192 if device.type == "cuda" else 768
-    a = torch.randn(n, n, generator=torch.Generator(device).manual_seed(0), device=device).to(
-        dtype
-    )  # the global generator is the run's
+    # A generator of its own, because the global one belongs to the run.
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(n, n, generator=generator, device=device).to(dtype)
+
     best = math.inf
     for _ in range(5):
         synchronize(device)
@@ -75,5 +88,6 @@ def peak_flops(dtype, device):
 
 
 def synchronize(device):
+    """Wait until the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

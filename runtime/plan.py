@@ -1,6 +1,7 @@
 """What a config would do, without data or a GPU: `python train.py CONFIG --plan=True`."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -11,130 +12,278 @@ from config import ConfigError
 from ingest.index import load_index
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+FLOAT = 4  # bytes of a float32
+
+# Tensors that an optimizer keeps per weight.
+MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1, "sgdm": 1}
+
+FOOTNOTE = (
+    "(OpenCLIP: local loss, gather with gradient, which sends d-dimensional gradients back, and "
+    "float32 gradients)"
+)
 
 
 def report(c):
-    """Config -> text. ConfigError for what cannot work on any number of ranks; a column per number of ranks that can."""
-    if c.train_samples:
-        num_samples, source = c.train_samples, "train_samples in the config"
-    elif c.train_data:
-        num_samples, source = (
-            load_index(c.train_data, c.caption_key, count_remote=c.index_remote).num_samples,
-            "the index of the shards",
-        )
-    else:
-        raise ConfigError(
-            "plan needs the number of samples: give train_samples, or train_data that is at hand"
-        )
+    """Config -> text: what the run is, and a table with a column for each possible number of ranks.
+
+    Raises ConfigError for what cannot work on any number of ranks.
+    """
+    run = numbers(c)
+    usable = usable_ranks(c, run)
+
+    lines = [
+        *summary(c, run),
+        "",
+        "per rank, on so many ranks; bytes sent per step (ring algorithms)",
+        *format_table(table(c, run, usable)),
+        FOOTNOTE,
+    ]
+    return "\n".join(lines)
+
+
+# ---- numbers ----
+
+
+@dataclass
+class Numbers:
+    """What follows from a config. Sizes are in bytes, of float32 if not said otherwise."""
+
+    num_samples: int
+    source: str  # of num_samples, in words
+    steps_per_epoch: int
+    total_steps: int
+    lanes: int
+
+    parameters: dict  # {"image", "text", "total": their number}
+    flops: dict  # {"image", "text": of the forward pass of one sample at full length}
+    image_size: int  # pixels
+    context_length: int  # tokens
+    embed_dim: int
+
+    columns: int  # floats that the u-state keeps per sample
+    weight_bytes: int
+    moment_bytes: int
+    state_bytes: int  # of all ranks
+    gradient_bytes: int  # on the wire
+
+
+def numbers(c):
+    """Config -> Numbers, of a model without memory (on the meta device)."""
+    num_samples, source = count_samples(c)
     steps_per_epoch = num_samples // c.batch_size
     if not steps_per_epoch:
         raise ConfigError(
-            f"{num_samples} samples do not fill one global batch of {c.batch_size}: lower batch_size"
+            f"{num_samples} samples do not fill one global batch of {c.batch_size}: "
+            f"lower batch_size"
         )
-    total = min(max(1, int(c.epochs * steps_per_epoch)), c.max_steps or 2**62)
+    lanes, _ = data.lanes_and_block(c.batch_size, c.lanes, c.shuffle_block)
+
     with torch.device("meta"):
         model = models.create(c.model, c.tau_init, **c.model_numbers())
     parameters = models.num_parameters(model)
-    flops = models.forward_flops(model, model.context_length)
-    lanes, _ = data.lanes_and_block(c.batch_size, c.lanes, c.shuffle_block)
-    algorithm = loss.ALGORITHMS[c.algorithm]
-    columns = 2 * algorithm.state + 7 * (algorithm.tau == "sample")
-    total_parameters, d = parameters["total"], model.embed_dim
-    moments = {"adamw": 2, "lamb": 2, "lion": 1, "sgdm": 1}[c.optimizer]
-    state_bytes = num_samples * columns * 4
-    saved = total_parameters * 4 * (1 + moments) + state_bytes
-    rows = [
-        f"{c.algorithm}, equations of the {c.equations}: {algorithm.loss}, "
-        f"{'per-sample' if algorithm.tau == 'sample' else 'global'} tau, {'learned' if algorithm.learned else 'constant'}",
-        f"model        {c.model}: {total_parameters:,} parameters (image {parameters['image']:,}, text {parameters['text']:,}), "
-        f"input {model.image_size} px, {model.context_length} tokens, d = {d}",
-        f"compute      {(flops['image'] + flops['text']) / 1e9:.1f} GFLOP per pair forward at full length (image "
-        f"{flops['image'] / 1e9:.1f}, text {flops['text'] / 1e9:.1f}); "
-        f"{3 * (flops['image'] + flops['text']) * total * c.batch_size / 1e18:,.4g} EFLOP in all",
-        f"data         {num_samples:,} samples ({source}); {lanes} lanes",
-        f"run          {steps_per_epoch:,} steps of {c.batch_size} an epoch, {total:,} steps, {total * c.batch_size:,} samples seen "
-        f"({total / steps_per_epoch:.4g} epochs)",
-        f"checkpoint   {size(saved)} each (weights {size(total_parameters * 4)}, optimizer {size(total_parameters * 4 * moments)}, "
-        f"u-state {size(state_bytes)}), {c.keep} kept in {os.path.join(c.out_dir, 'checkpoints')}; every "
-        f"{c.save_steps or steps_per_epoch:,} steps",
-        "",
-        "per rank, on so many ranks; bytes sent per step (ring algorithms)",
-    ]
-    usable = [
-        k
-        for k in RANKS
-        if c.batch_size % k == 0
-        and lanes % k == 0
-        and not (c.micro_batch and c.batch_size // k % c.micro_batch)
-    ]
+    weight_bytes = parameters["total"] * FLOAT
+    columns = len(loss.state_columns(loss.get_algorithm(c.algorithm)))
+
+    # The gradient of tau is not sent: every rank computes it from what has been gathered.
+    gradient_bytes = (parameters["total"] - 1) * (2 if c.grad_wire == "bf16" else FLOAT)
+
+    return Numbers(
+        num_samples=num_samples,
+        source=source,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=c.total_steps(steps_per_epoch),
+        lanes=lanes,
+        parameters=parameters,
+        flops=models.forward_flops(model, model.context_length),
+        image_size=model.image_size,
+        context_length=model.context_length,
+        embed_dim=model.embed_dim,
+        columns=columns,
+        weight_bytes=weight_bytes,
+        moment_bytes=weight_bytes * MOMENTS[c.optimizer],
+        state_bytes=num_samples * columns * FLOAT,
+        gradient_bytes=gradient_bytes,
+    )
+
+
+def count_samples(c):
+    """-> (number of training samples, where it is from)"""
+    if c.train_samples:
+        return c.train_samples, "train_samples in the config"
+    if c.train_data:
+        index = load_index(c.train_data, c.caption_key, count_remote=c.index_remote)
+        return index.num_samples, "the index of the shards"
+    raise ConfigError(
+        "plan needs the number of samples: give train_samples, or train_data that is at hand"
+    )
+
+
+def usable_ranks(c, run):
+    """-> the numbers of ranks among which the global batch can be divided."""
+    usable = []
+    for ranks in RANKS:
+        if c.batch_size % ranks or run.lanes % ranks:
+            continue
+        if c.micro_batch and (c.batch_size // ranks) % c.micro_batch:
+            continue
+        usable.append(ranks)
+
     if not usable:
         raise ConfigError(
-            f"no number of ranks works with batch_size = {c.batch_size}, lanes = {lanes}, micro_batch = {c.micro_batch}"
+            f"no number of ranks works with batch_size = {c.batch_size}, lanes = {run.lanes}, "
+            f"micro_batch = {c.micro_batch}"
         )
-    gradient_bytes = (total_parameters - 1) * (
-        2 if c.grad_wire == "bf16" else 4
-    )  # every rank knows tau's
-    table = [
-        ["ranks", *usable],
-        ["samples per step", *(c.batch_size // k for k in usable)],
-        ["weights+grads+optimizer", *[size(total_parameters * 4 * (2 + moments))] * len(usable)],
-        ["u-state", *(size(-(-num_samples // k) * columns * 4) for k in usable)],
+    return usable
+
+
+# ---- text ----
+
+
+def summary(c, run):
+    """-> the lines on the run as a whole."""
+    algorithm = loss.get_algorithm(c.algorithm)
+    tau = "per-sample" if algorithm.tau == "sample" else "global"
+    learned = "learned" if algorithm.learned else "constant"
+    parameters = run.parameters
+
+    image_gflops = run.flops["image"] / 1e9
+    text_gflops = run.flops["text"] / 1e9
+    samples_seen = run.total_steps * c.batch_size
+    # The backward pass costs twice the forward pass.
+    exaflops = 3 * (image_gflops + text_gflops) * samples_seen / 1e9
+
+    checkpoint_bytes = run.weight_bytes + run.moment_bytes + run.state_bytes
+    folder = os.path.join(c.out_dir, "checkpoints")
+    save_steps = c.save_steps or run.steps_per_epoch
+
+    return [
+        f"{c.algorithm}, equations of the {c.equations}: {algorithm.loss}, {tau} tau, {learned}",
+        f"model        {c.model}: {parameters['total']:,} parameters "
+        f"(image {parameters['image']:,}, text {parameters['text']:,}), "
+        f"input {run.image_size} px, {run.context_length} tokens, d = {run.embed_dim}",
+        f"compute      {image_gflops + text_gflops:.1f} GFLOP per pair forward at full length "
+        f"(image {image_gflops:.1f}, text {text_gflops:.1f}); {exaflops:,.4g} EFLOP in all",
+        f"data         {run.num_samples:,} samples ({run.source}); {run.lanes} lanes",
+        f"run          {run.steps_per_epoch:,} steps of {c.batch_size} an epoch, "
+        f"{run.total_steps:,} steps, {samples_seen:,} samples seen "
+        f"({run.total_steps / run.steps_per_epoch:.4g} epochs)",
+        f"checkpoint   {size(checkpoint_bytes)} each (weights {size(run.weight_bytes)}, "
+        f"optimizer {size(run.moment_bytes)}, u-state {size(run.state_bytes)}), "
+        f"{c.keep} kept in {folder}; every {save_steps:,} steps",
     ]
-    sent = traffic(c.batch_size, d, columns, gradient_bytes)
-    table += [["send " + name, *(size(count(k)) for k in usable)] for name, count in sent.items()]
-    table.append(["send in all", *(size(sum(count(k) for count in sent.values())) for k in usable)])
-    table.append(
-        [
-            "OpenCLIP would send",
-            *(
-                size(2 * sent["features"](k) + 2 * (k - 1) / k * total_parameters * 4)
-                for k in usable
-            ),
-        ]
-    )
-    rows += [
-        "".join(f"{cell:>{25 if i == 0 else 10}}" for i, cell in enumerate(row)) for row in table
-    ]
-    rows.append(
-        "(OpenCLIP: local loss, gather with gradient, which sends d-dimensional gradients back, and float32 gradients)"
-    )
-    return "\n".join(rows)
 
 
-def traffic(batch_size, d, columns, gradient_bytes):
-    """Bytes that a rank sends in a step, by purpose: {name: function of the number of ranks}, as dist.traffic counts them."""
-    gathered = lambda bytes_per_sample: lambda k: (k - 1) * (batch_size // k) * bytes_per_sample
-    reduced = lambda count: lambda k: 2 * (k - 1) * count // k
-    parts = {
-        "features": gathered(2 * d * 4),
-        "scalars": gathered(5 * 4),
-        "gradients": reduced(gradient_bytes),
-    }
-    if columns:
-        parts.update({"ids": gathered(8), "state": reduced(batch_size * columns * 4)})
-    return parts
+def table(c, run, usable):
+    """-> rows of cells: a title, then a cell for each number of ranks in `usable`."""
+    purposes = traffic(c.batch_size, run.embed_dim, run.columns, run.gradient_bytes)
+    # Weights, gradients and moments are on every rank.
+    fixed_bytes = 2 * run.weight_bytes + run.moment_bytes
+
+    titles = ["ranks", "samples per step", "weights+grads+optimizer", "u-state"]
+    titles += [f"send {name}" for name in purposes]
+    titles += ["send in all", "OpenCLIP would send"]
+
+    columns = [titles]
+    for ranks in usable:
+        sent = {name: count(ranks) for name, count in purposes.items()}
+        rows_per_rank = -(-run.num_samples // ranks)  # rounded up
+        gradients = 2 * (ranks - 1) / ranks * run.weight_bytes
+        openclip = 2 * sent["features"] + gradients  # features there, and their gradients back
+
+        column = [ranks, c.batch_size // ranks]
+        column += [size(fixed_bytes), size(rows_per_rank * run.columns * FLOAT)]
+        column += [size(count) for count in sent.values()]
+        column += [size(sum(sent.values())), size(openclip)]
+        columns.append(column)
+    return list(zip(*columns))  # transposed: a row for each title
 
 
-def predicted(compute, traffic, ranks, buckets, alpha, bandwidth, hide=2 / 3):
-    """Seconds of a step. A collective takes alpha per message of its ring, K-1 of an all-gather and 2(K-1) of an all-reduce, and its bytes'
-    time. The u-state hides behind the forward pass. Gradients hide behind the backward pass, the share `hide` of `compute`, but for the last bucket. (On a CPU hide
-    is 0: what sends is what computes.)"""
-    seconds = lambda name, messages: (
-        messages * (ranks - 1) * alpha + traffic[name] / bandwidth if name in traffic else 0.0
-    )
-    apart = (
-        2 if "feature gradients" in traffic else 1
-    )  # open_clip sends those of images and those of texts
-    exposed = sum(
-        seconds(name, apart) for name in ("ids", "features", "scalars", "feature gradients")
-    )
-    gradients = seconds("gradients", 2 * buckets)
-    return compute + exposed + max(gradients / buckets, gradients - hide * compute)
+def format_table(rows):
+    """-> lines, right-aligned; the first column is wider than the others."""
+    lines = []
+    for title, *cells in rows:
+        lines.append(f"{title:>25}" + "".join(f"{cell:>10}" for cell in cells))
+    return lines
 
 
 def size(count):
+    """Bytes -> text with a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+# ---- what is sent in a step, and how long it takes ----
+
+
+def traffic(batch_size, d, columns, gradient_bytes):
+    """Bytes that a rank sends in a step: {purpose: function of the number of ranks}.
+
+    It equals what dist.traffic counts. batch_size: global. d: of the features. columns: of the
+    u-state.
+    """
+
+    def features(ranks):
+        return gather_bytes(2 * d * FLOAT, batch_size, ranks)
+
+    def scalars(ranks):
+        return gather_bytes(5 * FLOAT, batch_size, ranks)
+
+    def gradients(ranks):
+        return reduce_bytes(gradient_bytes, ranks)
+
+    def ids(ranks):
+        return gather_bytes(8, batch_size, ranks)  # int64
+
+    def state(ranks):
+        return reduce_bytes(batch_size * columns * FLOAT, ranks)
+
+    purposes = {"features": features, "scalars": scalars, "gradients": gradients}
+    if columns:
+        purposes["ids"] = ids
+        purposes["state"] = state
+    return purposes
+
+
+def gather_bytes(bytes_per_sample, batch_size, ranks):
+    """What a rank sends of its part of the batch in a ring all-gather."""
+    return (ranks - 1) * (batch_size // ranks) * bytes_per_sample
+
+
+def reduce_bytes(num_bytes, ranks):
+    """What a rank sends of a tensor in a ring all-reduce."""
+    return 2 * (ranks - 1) * num_bytes // ranks
+
+
+def predicted(compute, sent, ranks, buckets, alpha, bandwidth, hide=2 / 3):
+    """Seconds of a step.
+
+    compute: seconds of a step on a rank that sends nothing.
+    sent: {purpose: bytes that a rank sends}.
+    buckets: number of gradient buckets.
+    alpha, bandwidth: seconds per message, bytes per second. A collective takes alpha per message
+    of its ring, K-1 of an all-gather and 2(K-1) of an all-reduce, and the time of its bytes.
+    hide: share of `compute` beside which gradients are sent, that of the backward pass. (On a CPU
+    it is 0, because what sends is what computes.)
+
+    The u-state is sent beside the forward pass, and the gradients beside the backward pass,
+    except for the last bucket.
+    """
+
+    def seconds(purpose, rings):
+        if purpose not in sent:
+            return 0.0
+        return rings * (ranks - 1) * alpha + sent[purpose] / bandwidth
+
+    # OpenCLIP gathers the features of images and those of texts apart, and returns gradients for
+    # both.
+    gathers = 2 if "feature gradients" in sent else 1
+    exposed = 0.0
+    for purpose in ("ids", "features", "scalars", "feature gradients"):
+        exposed += seconds(purpose, gathers)
+
+    gradients = seconds("gradients", 2 * buckets)
+    last_bucket = gradients / buckets
+    return compute + exposed + max(last_bucket, gradients - hide * compute)

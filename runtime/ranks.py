@@ -1,4 +1,4 @@
-"""Ranks that act as one outside the training step: start and end of a process, work done once, votes."""
+"""Ranks that act as one outside the training step: their end, work that is done once, votes."""
 
 import atexit
 import os
@@ -12,9 +12,14 @@ import torch.distributed as c10d
 import dist
 from config import ConfigError, or_exit
 
+# ---- the process ----
+
 
 def run(main, argv):
-    """main(argv), and then the end of this process, which may have become a rank; a ConfigError is one line on stderr."""
+    """Call main(argv), then end this process, which may have become a rank meanwhile.
+
+    A ConfigError is shown as one line on stderr.
+    """
     status = 0
     try:
         or_exit(main, argv)
@@ -24,70 +29,115 @@ def run(main, argv):
         if not c10d.is_initialized():
             raise
         status = traceback.format_exc()
+
     if c10d.is_initialized():
         leave(status)
     sys.exit(status)
 
 
 def leave(status=0):
-    """sys.exit(status) for a rank, which must not take Python apart: a gloo thread that lets go of its last tensor only then would abort
-    the process, though its work was done (torch 2.11 and 2.15). To wait for these threads there is only destroy_process_group, in
-    which torch 2.6 hangs. A rank that others may still need waits for them first, in barrier()."""
+    """sys.exit(status) for a rank. One that others may still need waits in dist.barrier() before.
+
+    The teardown of the interpreter is skipped: a gloo thread that frees its last tensor there
+    aborts the process, although its work was done (seen with torch 2.11 and 2.15). Only
+    destroy_process_group would wait for these threads, and torch 2.6 hangs in it.
+    """
     if not isinstance(status, int):
         print(status, file=sys.stderr)
-    threading._shutdown()  # as at Python's own end: wait for threads that are no daemons (a checkpoint's writer),
-    atexit._run_exitfuncs()  # and call what libraries have left to be called
+        status = 1
+
+    # What Python itself does before the teardown: wait for threads that are not daemons (one may
+    # still write a checkpoint), then call the functions that libraries have registered.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 1)
+    os._exit(status)
+
+
+# ---- work that is done once ----
 
 
 def from_first_rank(function, *args, waiting=lambda where: None, **options):
-    """Rank 0's result on every rank: a set is indexed once, not by each of a hundred ranks. It may take longer than a collective may:
-    the others ask every second, and say waiting(where). After a ConfigError rank 0 raises it, and the others end without a word."""
+    """Call function(*args, **options) on rank 0 alone -> its result, on every rank.
+
+    For example, a data set is indexed once, not by each of a hundred ranks. It may take longer
+    than a collective may: the other ranks ask every second, and report waiting(where).
+
+    After a ConfigError rank 0 raises it, and the others raise SystemExit(1), which prints nothing.
+    """
     if dist.world_size() == 1:
         return function(*args, **options)
-    results, done = [], threading.Event()
 
-    def call():
-        try:
-            results.append(function(*args, **options))
-        except Exception as error:
-            results.append(error)
-        done.set()
+    call = BackgroundCall(function, args, options) if dist.rank() == 0 else None
+    wait_for_first_rank(call, waiting)
 
-    if dist.rank() == 0:
-        threading.Thread(target=call, daemon=True).start()
-    ready = torch.zeros(1)
-    while not ready:
-        ready.fill_(dist.rank() == 0 and done.wait(1.0))
-        dist.all_reduce(ready, "barrier").wait()
-        if dist.rank() > 0:
-            waiting("start-up, waiting for rank 0")
-    result = results[0] if dist.rank() == 0 else None
-    if isinstance(result, Exception) and not isinstance(result, ConfigError):
-        raise result
-    result = dist.all_gather_objects(result)[0]
+    if call and call.failed_unexpectedly():
+        raise call.result
+    result = dist.all_gather_objects(call.result if call else None)[0]
     if isinstance(result, ConfigError):
         raise result if dist.rank() == 0 else SystemExit(1)
     return result
 
 
+class BackgroundCall:
+    """A call in a thread. `result` is what the function returns, or the exception it raises."""
+
+    def __init__(self, function, args, options):
+        self.result = None
+        self.done = threading.Event()
+
+        def call():
+            try:
+                self.result = function(*args, **options)
+            except Exception as error:
+                self.result = error
+            self.done.set()
+
+        threading.Thread(target=call, daemon=True).start()
+
+    def failed_unexpectedly(self):
+        return isinstance(self.result, Exception) and not isinstance(self.result, ConfigError)
+
+
+def wait_for_first_rank(call, waiting):
+    """Wait on all ranks until rank 0's call is done; on the others call is None."""
+    ready = torch.zeros(1)
+    while not ready:
+        if call and call.done.wait(1.0):
+            ready.fill_(1)
+        dist.all_reduce(ready, "barrier").wait()
+        if call is None:
+            waiting("start-up, waiting for rank 0")
+
+
+# ---- votes ----
+
+
 class Vote:
-    """Yes-or-no questions to all ranks, answered one step later, so that no step waits for the answer. What only some ranks know (a
-    signal, a clock, a file that is written) becomes a decision that all of them take at the same step."""
+    """Yes-or-no questions to all ranks, answered one step later, so that no step waits for one.
+
+    What only some ranks know (a signal, a clock, a file that is written) becomes a decision that
+    all of them take at the same step.
+
+        vote = Vote(2)
+        for each step:
+            leave, save = vote.result()          # what was asked a step ago
+            vote.ask(signal_came, clock_says_so)
+    """
 
     def __init__(self, questions):
+        """questions: their number. The first result() is "no" to all of them."""
         self.ask(*[False] * questions)
 
-    def ask(self, *yes):
-        """Launch: this rank's answers, bools."""
-        self.sums = torch.tensor(
-            yes, dtype=torch.float32
-        )  # on the CPU, by gloo: no GPU is kept waiting
-        self.work = dist.all_reduce(self.sums, "agreement")
+    def ask(self, *answers):
+        """Send this rank's answers, one bool per question."""
+        # On the CPU, by gloo: the GPU does not have to wait.
+        self.sums = torch.tensor(answers, dtype=torch.float32)
+        self.work = dist.all_reduce(self.sums, "votes")
 
     def result(self):
-        """Finish -> for each question, how many ranks said yes."""
+        """-> for each question of the last ask(), the number of ranks that said yes."""
         self.work.wait()
         return self.sums.int().tolist()

@@ -1,4 +1,7 @@
-"""Puts the project's flat files and the tests' helpers on the path, for this process and those that tests start."""
+"""Fixtures, and the import path: the project's files and the tests' helpers.
+
+The path holds for this process and for those that tests start.
+"""
 
 import os
 import sys
@@ -17,7 +20,6 @@ os.environ["FASTCLIP_CACHE"] = CACHE.name
 
 import faults  # noqa: E402 (the path comes first)
 import shapes  # noqa: E402
-import train  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +34,9 @@ def sets(tmp_path_factory):
 
 @pytest.fixture
 def fault():
-    """fault("raise@5:0"): the next training in this process meets it."""
+    """fault("raise@5:0"): the next training in this process has this fault (see faults.py)."""
     yield lambda text: faults.install(faults.parse(text))
-    train.train_step = faults.plain_step
+    faults.uninstall()
 
 
 @pytest.fixture
@@ -47,13 +49,13 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_curves(monkeypatch):
-    """Drawing them takes longer than these runs do, and test_train.py looks at them."""
+    """Curves are not drawn. That takes longer than a tiny run, and test_train.py tests it."""
     monkeypatch.setattr("runtime.log.plot", lambda folders, out: out)
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Small work: threads that wait for each other cost three times what they bring, above all on a busy machine."""
+    """One thread: for small tensors, threads that wait for each other are three times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

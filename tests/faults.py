@@ -1,11 +1,15 @@
-"""train.py with faults in it: python tests/faults.py FAULT@STEP:RANK[,...] and then train.py's words.
+"""train.py with faults in it: python tests/faults.py FAULT@STEP:RANK[,...] [train.py's words].
 
-kill      the rank kills itself (-9)             hang      it sleeps for ever
-raise     it raises ValueError                   TERM, USR1, INT   it sends itself that signal
-feature   the features of its third sample are NaN in this step
-gradient  its gradient is NaN in this step
-leak      every step from this one on keeps 1 MB and opens a file (the soak test must see it)
-Steps count from 1. With FASTCLIP_IDS=FILE every rank appends the ids of its samples to FILE, a line a step.
+kill             the rank kills itself (SIGKILL)
+hang             it sleeps for an hour
+raise            it raises ValueError
+TERM, USR1, INT  it sends itself that signal
+feature          the features of its third sample are NaN in this step
+gradient         its gradient is NaN in this step
+leak             every step from this one on keeps 1 MB and opens a file (the soak test must see it)
+
+Steps count from 1. With FASTCLIP_IDS=FILE every rank appends the ids of its samples to FILE, a
+line a step.
 """
 
 import os
@@ -19,41 +23,24 @@ import dist
 import train
 from runtime import ranks
 
-plain_step, leaked = train.train_step, []
+plain_step = train.train_step
+leaked = []
 
 
 def install(faults):
-    """faults: {(step, rank): name} -> train.train_step does them, once."""
+    """Make train.train_step do the faults {(step, rank): name}, each of them once."""
 
-    def step_with_faults(batch, model, loss, optimizer, reducer, scaler, autocast, c, step, *rest):
-        rank = dist.rank()
-        if "FASTCLIP_IDS" in os.environ:
-            with open(os.environ["FASTCLIP_IDS"], "a") as f:
-                f.write(" ".join(map(str, batch.ids.tolist())) + "\n")
-        leaks = [
-            s for (s, r), name in faults.items() if name == "leak" and r == rank and s <= step + 1
-        ]
-        if leaks:
+    def step_with_faults(t, batch, step):
+        record_ids(batch)
+        if leaks(faults, step + 1):
             leaked.append((bytearray(os.urandom(1 << 20)), open(os.devnull)))
-        fault, hook = faults.pop((step + 1, rank), None) if not leaks else None, None
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif fault == "hang":
-            time.sleep(3600)
-        elif fault == "raise":
-            raise ValueError("boom")
-        elif fault in ("TERM", "USR1", "INT"):
-            os.kill(os.getpid(), getattr(signal, "SIG" + fault))
-        elif fault == "feature":
-            spoil = torch.zeros(len(batch.ids), 1)
-            spoil[2] = float("nan")
-            hook = model.register_forward_hook(lambda module, args, out: (out[0] + spoil, out[1]))
-        elif fault == "gradient":
-            hook = model.text_projection.register_hook(lambda grad: grad * float("nan"))
+            return plain_step(t, batch, step)
+
+        fault = faults.pop((step + 1, dist.rank()), None)
+        act(fault)
+        hook = spoil(fault, t.model, batch)
         try:
-            return plain_step(
-                batch, model, loss, optimizer, reducer, scaler, autocast, c, step, *rest
-            )
+            return plain_step(t, batch, step)
         finally:
             if hook:
                 hook.remove()
@@ -61,13 +48,56 @@ def install(faults):
     train.train_step = step_with_faults
 
 
+def uninstall():
+    train.train_step = plain_step
+
+
+def record_ids(batch):
+    if "FASTCLIP_IDS" in os.environ:
+        line = " ".join(str(i) for i in batch.ids.tolist())
+        with open(os.environ["FASTCLIP_IDS"], "a") as f:
+            f.write(line + "\n")
+
+
+def leaks(faults, step):
+    """Has a leak begun on this rank?"""
+    for (first_step, rank), name in faults.items():
+        if name == "leak" and rank == dist.rank() and first_step <= step:
+            return True
+    return False
+
+
+def act(fault):
+    """The faults that happen before a step."""
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "hang":
+        time.sleep(3600)
+    elif fault == "raise":
+        raise ValueError("boom")
+    elif fault in ("TERM", "USR1", "INT"):
+        os.kill(os.getpid(), getattr(signal, "SIG" + fault))
+
+
+def spoil(fault, model, batch):
+    """The faults that happen within a step -> the hook that does it, or None."""
+    if fault == "feature":
+        nan = torch.zeros(len(batch.ids), 1)  # (b, 1), added to the image features
+        nan[2] = float("nan")
+        return model.register_forward_hook(lambda module, args, out: (out[0] + nan, out[1]))
+    if fault == "gradient":
+        return model.text_projection.register_hook(lambda grad: grad * float("nan"))
+    return None
+
+
 def parse(text):
-    """ "kill@5:1,hang@7:0" -> {(5, 1): "kill", (7, 0): "hang"}"""
+    """Read faults: "kill@5:1,hang@7:0" -> {(5, 1): "kill", (7, 0): "hang"}"""
     faults = {}
-    for word in filter(None, text.split(",")):
-        name, place = word.split("@")
-        step, rank = place.split(":")
-        faults[int(step), int(rank)] = name
+    for word in text.split(","):
+        if word:
+            name, place = word.split("@")
+            step, rank = place.split(":")
+            faults[int(step), int(rank)] = name
     return faults
 
 

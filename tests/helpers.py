@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,13 +11,16 @@ import traceback
 
 import pytest
 import torch
+import torch.distributed as c10d
 
 import config
 import dist
+import faults
 import train as training
 from conftest import ROOT
 from runtime import checkpoint, ranks
 
+# A model that trains for 30 steps in a few seconds on one core.
 TINY = dict(
     model="ViT-B-32",
     image_size=32,
@@ -43,36 +47,54 @@ TINY = dict(
     device="cpu",
 )
 
+# Its vision tower with BatchNorm.
+TINY_RESNET = dict(model="RN50", patch_size=None, vision_layers=(1, 1, 1, 1), vision_width=8)
+
+# A run of two epochs for tests of faults: it is saved at steps 4, 8 and 12, and it reports steps
+# 3, 6, 9 and 12. FastCLIP-v2 has the largest state per sample.
+SHORT_RUN = dict(
+    algorithm="fastclip-v2", max_steps=12, save_steps=4, keep=9, log_steps=3, timeout=40
+)
+
+# The columns of metrics.jsonl that a clock has measured.
+CLOCK_KEYS = ("samples_per_second", "mfu", "data_wait", "save_wait")
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def environment(**changes):
+    """-> the environment of a process that a test starts: this one's, and one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+
 
 def words_of(*words, **settings):
+    """-> the command line words, followed by --key=value for each setting."""
     return [*words, *(f"--{key}={value}" for key, value in settings.items())]
 
 
+# ---- runs ----
+
+
 def run(script, *words, ranks=1, **settings):
-    """As a user does: a command, on several ranks under torchrun."""
-    command = (
-        [sys.executable]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(ranks),
-            "--standalone",
-        ]
-    )
+    """Run a script as a user does, on several ranks under torchrun -> CompletedProcess."""
+    command = [sys.executable]
+    if ranks > 1:
+        command = [*TORCHRUN, "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run(
-        command + [os.path.join(ROOT, script), *words_of(*words, **settings)],
+        [*command, os.path.join(ROOT, script), *words_of(*words, **settings)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
 
 
 def train(out_dir, sets, *words, ranks=1, command=False, **changes):
-    """A run -> its metrics. One rank runs in this process (importing torch anew takes longer than these runs do)."""
+    """A tiny run -> the rows of its metrics.
+
+    On one rank it runs in this process, unless command=True: importing torch again takes longer
+    than the run.
+    """
     settings = {**TINY, "train_data": sets["train_data"], "out_dir": out_dir, **changes}
     if ranks > 1 or command:
         result = run("train.py", *words, ranks=ranks, **settings)
@@ -81,156 +103,220 @@ def train(out_dir, sets, *words, ranks=1, command=False, **changes):
             f.write(result.stdout)
     else:
         training.main(words_of(*words, **settings))
-    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
-
-
-def weights(out_dir, step=None):
-    root = os.path.join(out_dir, "checkpoints")
-    name = f"step-{step:08d}" if step else open(os.path.join(root, "latest")).read()
-    load = lambda file: torch.load(os.path.join(root, name, file), weights_only=True)
-    return (
-        load("model.pt")["state_dict"],
-        load("train.pt"),
-        load("state-00000-of-00001.pt")["table"],
-    )
+    return metrics(out_dir)
 
 
 def refused(*expected, words=(), **changes):
-    """train.main raises ConfigError, which the command line shows as one line, with all of `expected` in it."""
+    """Check that train.main raises ConfigError, with all of `expected` in its message."""
     with pytest.raises(config.ConfigError) as error:
         training.main(words_of(*words, **{**TINY, **changes}))
     for word in expected:
         assert word in str(error.value)
 
 
+# ---- functions on several ranks ----
+
+
 def run_ranks(world_size, function, *args):
-    """function(*args) on `world_size` ranks -> list of its return values by rank. The function must be importable."""
+    """function(*args) on `world_size` ranks -> list of its results by rank.
+
+    The function must be importable, because every rank is a new process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.get_context("spawn")
-        ranks = [
-            context.Process(target=_rank, args=(rank, world_size, folder, function, args))
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        results = []
+        processes = []
         for rank in range(world_size):
+            arguments = (rank, world_size, folder, function, args)
+            processes.append(context.Process(target=run_rank, args=arguments))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+        results = []
+        for rank, process in enumerate(processes):
             path = os.path.join(folder, f"{rank}.pt")
-            assert os.path.exists(path), f"rank {rank} died with exit status {ranks[rank].exitcode}"
+            assert os.path.exists(path), f"rank {rank} died with exit status {process.exitcode}"
             results.append(torch.load(path, weights_only=False))
-        errors = [
-            f"rank {rank}:\n{r}"
-            for rank, r in enumerate(results)
-            if isinstance(r, str) and r.startswith("Traceback")
-        ]
-        assert not errors, "\n".join(errors)
-        return results
+
+    errors = []
+    for rank, result in enumerate(results):
+        if isinstance(result, str) and result.startswith("Traceback"):
+            errors.append(f"rank {rank}:\n{result}")
+    assert not errors, "\n".join(errors)
+    return results
 
 
-def _rank(rank, world_size, folder, function, args):
-    import torch.distributed as c10d
-
+def run_rank(rank, world_size, folder, function, args):
+    """The process of one rank: it saves the function's result, or its traceback, in the folder."""
     torch.set_num_threads(1)
-    c10d.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-    )
+    store = f"file://{folder}/store"
+    c10d.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
         result = function(*args)
-        dist.barrier()  # nobody goes while another is still at it
+        dist.barrier()  # until all ranks are done
     except BaseException:
         result = traceback.format_exc()
     torch.save(result, os.path.join(folder, f"{rank}.pt"))
     ranks.leave()
 
 
-RUN = dict(algorithm="fastclip-v2", max_steps=12, save_steps=4, keep=9, log_steps=3, timeout=40)
+def run_jobs(*jobs):
+    """Train several times in this process -> for each job the error that it raised, or None.
+
+    jobs: (faults, settings), faults as in tests/faults.py. This can be given to run_ranks.
+    """
+    errors = []
+    for text, settings in jobs:
+        faults.install(faults.parse(text))
+        try:
+            training.main(words_of(**settings))
+            errors.append(None)
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
 
 
-def start(script, first, out_dir, sets, ranks, **changes):
-    """Ranks of one run, started by hand and not by torchrun, so that nobody helps them to end -> list of Popen."""
+def start_ranks(script, first_words, out_dir, sets, world_size, **changes):
+    """Start the ranks of a short run -> list of Popen.
+
+    They are not started by torchrun, which would end them when one fails.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    settings = {**TINY, **RUN, "train_data": sets["train_data"], "out_dir": out_dir, **changes}
-    command = [sys.executable, os.path.join(ROOT, script), *first, *words_of(**settings)]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-    }
-    return [
-        subprocess.Popen(
-            command,
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+
+    settings = {**TINY, **SHORT_RUN, "train_data": sets["train_data"], "out_dir": out_dir}
+    options = words_of(**{**settings, **changes})
+
+    processes = []
+    for rank in range(world_size):
+        process = subprocess.Popen(
+            [sys.executable, os.path.join(ROOT, script), *first_words, *options],
+            env=environment(
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                WORLD_SIZE=str(world_size),
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+            ),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in range(ranks)
-    ]
+        processes.append(process)
+    return processes
 
 
-def ends(processes, seconds=120):
-    """-> [(exit status, what it printed)]; a process that does not end is a failure."""
+def wait_for(processes, seconds=120):
+    """-> [(exit status, what the process printed)]. A process that does not end is a failure."""
+    printed = []
     try:
-        shown = [p.communicate(timeout=seconds) for p in processes]
+        for process in processes:
+            out, err = process.communicate(timeout=seconds)
+            printed.append(out + err)
     except subprocess.TimeoutExpired:
-        for p in processes:
-            p.kill()
-        raise AssertionError(
-            "does not end:\n" + "\n".join("".join(p.communicate()) for p in processes)
-        ) from None
-    return [(p.returncode, out + err) for p, (out, err) in zip(processes, shown)]
+        for process in processes:
+            process.kill()
+        rest = ["".join(process.communicate()) for process in processes]
+        raise AssertionError("does not end:\n" + "\n".join(rest)) from None
+    return [(process.returncode, text) for process, text in zip(processes, printed)]
 
 
-def newest(out_dir):
-    return os.path.basename(checkpoint.find(config.Config(out_dir=out_dir, resume="auto")))
+def assert_all_succeed(processes):
+    for status, printed in wait_for(processes):
+        assert status == 0, printed
 
 
-def measured(out_dir):
-    """metrics.jsonl, without what a clock measured."""
+# ---- what a run has written ----
+
+
+def metrics(out_dir):
+    """-> the rows of metrics.jsonl."""
     with open(os.path.join(out_dir, "metrics.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    return [
-        {
-            k: v
-            for k, v in row.items()
-            if k not in ("samples_per_second", "mfu", "data_wait", "save_wait")
-        }
-        for row in rows
-    ]
+        return [json.loads(line) for line in f]
 
 
-def files_of(folder):
-    return {
-        name: torch.load(os.path.join(folder, name), weights_only=True)
-        for name in sorted(os.listdir(folder))
-        if name.endswith(".pt")
-    }
+def metrics_without_clock(out_dir):
+    rows = metrics(out_dir)
+    for row in rows:
+        for key in CLOCK_KEYS:
+            row.pop(key, None)
+    return rows
 
 
-def same(a, b):
+def newest_checkpoint(out_dir):
+    """-> the name of the checkpoint from which --resume=auto would continue."""
+    folder = checkpoint.find(config.Config(out_dir=out_dir, resume="auto"))
+    return os.path.basename(folder)
+
+
+def checkpoint_names(out_dir):
+    """-> the names of the checkpoints that are there, damaged or not, oldest first."""
+    return sorted(name for name in os.listdir(checkpoint_root(out_dir)) if name != "latest")
+
+
+def checkpoint_root(out_dir):
+    return os.path.join(out_dir, "checkpoints")
+
+
+def checkpoint_folder(out_dir, step):
+    return os.path.join(checkpoint_root(out_dir), f"step-{step:08d}")
+
+
+def checkpoint_files(folder):
+    """-> {file name: content} of a checkpoint."""
+    contents = {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".pt"):
+            contents[name] = torch.load(os.path.join(folder, name), weights_only=True)
+    return contents
+
+
+def weights(out_dir, step=None):
+    """-> (state dict, content of train.pt, u-state) of a run on one rank; the newest by default."""
+    if step is None:
+        with open(os.path.join(checkpoint_root(out_dir), "latest")) as f:
+            folder = os.path.join(checkpoint_root(out_dir), f.read())
+    else:
+        folder = checkpoint_folder(out_dir, step)
+    files = checkpoint_files(folder)
+    return (
+        files["model.pt"]["state_dict"],
+        files["train.pt"],
+        files["state-00000-of-00001.pt"]["table"],
+    )
+
+
+def continue_from(out_dir, step):
+    """Remove all checkpoints that are later than `step`, as if they had not been saved."""
+    for name in checkpoint_names(out_dir):
+        if name > f"step-{step:08d}":
+            shutil.rmtree(os.path.join(checkpoint_root(out_dir), name))
+    with open(os.path.join(checkpoint_root(out_dir), "latest"), "w") as f:
+        f.write(f"step-{step:08d}")
+
+
+def equal(a, b):
+    """Are two contents of checkpoint files the same, bit for bit, except for their configs?"""
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(
-            same(a[k], b[k]) for k in a if k not in ("config", "resume")
-        )
+        keys = a.keys() - {"config", "resume"}
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in keys)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
     return a == b
 
 
-def assert_same_run(a, b, step=12):
-    """Weights, moments, temperatures, u-state, the log's memory: bit for bit; and the metrics."""
-    a, b = ([os.path.join(out, "checkpoints", f"step-{step:08d}"), out] for out in (a, b))
-    files_a, files_b = files_of(a[0]), files_of(b[0])
-    assert files_a.keys() == files_b.keys()
-    for name in files_a:
-        assert same(files_a[name], files_b[name]), name
-    assert measured(a[1]) == measured(b[1])
+def assert_same_run(one, two, step=12):
+    """Two runs are the same, bit for bit: their checkpoints at `step`, and their metrics.
+
+    A checkpoint holds weights, moments, temperatures, u-state and the state of the log.
+    """
+    files_one = checkpoint_files(checkpoint_folder(one, step))
+    files_two = checkpoint_files(checkpoint_folder(two, step))
+    assert files_one.keys() == files_two.keys()
+    for name in files_one:
+        assert equal(files_one[name], files_two[name]), name
+    assert metrics_without_clock(one) == metrics_without_clock(two)

@@ -1,10 +1,16 @@
-"""What takes too long for `make test`: a run killed -9 many times, one watched for leaks, and how long saving holds training up.
+"""What takes too long for `make test`: many kills, a search for leaks, and the cost of saving.
 
-    python tests/soak.py kills [--kills=50]        2 ranks under torchrun, killed at random moments; it must end as if never killed
-    python tests/soak.py memory [--steps=4000]     the emoji set with workers; memory and open files of every process must stay flat
-    python tests/soak.py stall                     a ViT-B-32 and its AdamW moments (1.8 GB), written beside the training and at once
+    python tests/soak.py kills [--kills=50]     2 ranks under torchrun, killed at random moments;
+    the run
+                                                must end as if it had never been killed
+    python tests/soak.py memory [--steps=4000]  the emoji set with workers; memory and open files of
+                                                every process must not grow
+    python tests/soak.py stall                  a ViT-B-32 and its AdamW moments (1.8 GB), saved
+    in the
+                                                background and at once
 
-Each adds its figures to assets/soak.json and ends with status 1 if what must hold does not. `make soak` runs all three.
+Each part adds its figures to assets/soak.json, and ends with status 1 if what must hold does not.
+`make soak` runs all three.
 """
 
 import argparse
@@ -22,33 +28,42 @@ import time
 import torch
 from tqdm import tqdm
 
+import conftest  # noqa: F401 (it sets the path of the imports below)
+
+# isort: split
 import config
-import conftest  # noqa: F401 (the path)
 import model as models
 import shapes
 from conftest import ROOT
-from helpers import TINY, assert_same_run, newest, words_of
+from helpers import (
+    TINY,
+    TORCHRUN,
+    assert_same_run,
+    checkpoint_root,
+    environment,
+    newest_checkpoint,
+    words_of,
+)
 from loss import ContrastiveLoss
 from runtime import checkpoint
 
 RESULTS = os.path.join(ROOT, "assets", "soak.json")
+PICTURE = os.path.join(ROOT, "assets", "soak_memory.png")
 
 
-def note(name, figures):
+def record(name, figures):
     """Add the figures of one part, with machine, versions, commit and date, to the results."""
-    with open("/proc/cpuinfo") as f:
-        cpu = next(
-            (line.split(":")[1].strip() for line in f if line.startswith("model name")),
-            platform.machine(),
-        )
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    results = json.load(open(RESULTS)) if os.path.exists(RESULTS) else {}
+    git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+    results = {}
+    if os.path.exists(RESULTS):
+        with open(RESULTS) as f:
+            results = json.load(f)
     results[name] = {
         **figures,
         "command": f"python tests/soak.py {' '.join(sys.argv[1:])}",
-        "machine": f"{os.cpu_count()} x {cpu}",
+        "machine": f"{os.cpu_count()} x {cpu_name()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit,
@@ -59,55 +74,86 @@ def note(name, figures):
     print(json.dumps(results[name], indent=1))
 
 
+def cpu_name():
+    with open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
 # ---- processes ----
+
+GONE = (FileNotFoundError, ProcessLookupError)  # what /proc raises for a process that has ended
+
+
+def read(path):
+    with open(path) as f:
+        return f.read()
+
+
+def stat_fields(pid):
+    """-> the fields of /proc/PID/stat after the name: state, parent, ..."""
+    return read(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def family(pid):
-    """A process and all its living descendants -> pids, parents first. (A zombie counts as dead.)"""
+    """A process and all its living descendants -> ids, parents first. A zombie counts as dead."""
+    children = []
     try:
-        with open(f"/proc/{pid}/stat") as f:
-            if f.read().rpartition(")")[2].split()[0] == "Z":
-                return []
-        children = [
-            int(p)
-            for task in os.listdir(f"/proc/{pid}/task")
-            for p in open(f"/proc/{pid}/task/{task}/children").read().split()
-        ]
-    except (FileNotFoundError, ProcessLookupError):
+        if stat_fields(pid)[0] == "Z":
+            return []
+        for task in os.listdir(f"/proc/{pid}/task"):
+            children += read(f"/proc/{pid}/task/{task}/children").split()
+    except GONE:
         return []
-    return [pid, *(p for child in children for p in family(child))]
+
+    pids = [pid]
+    for child in children:
+        pids += family(int(child))
+    return pids
 
 
 def role(pid):
     """What a process of a run is."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as f:
-            text = f.read().decode()
-        with open(f"/proc/{pid}/stat") as f:
-            parent = int(f.read().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
+        command = read(f"/proc/{pid}/cmdline")
+        parent = int(stat_fields(pid)[1])
+    except GONE:
         return "gone"
-    if (
-        "multiprocessing.forkserver" in text
-    ):  # the server itself may die without harm: its work is done
+
+    if "multiprocessing.forkserver" in command:
+        # The server's children are the workers. It has nothing to do after it has made them.
         return "worker" if role(parent) in ("server", "worker") else "server"
-    for name, sign in (
-        ("torchrun", "torch.distributed.run"),
-        ("rank", "train.py"),
-        ("rank", "faults.py"),
-        ("tracker", "resource_tracker"),
-    ):
-        if sign in text:
-            return name
+    if "torch.distributed.run" in command:
+        return "torchrun"
+    if "train.py" in command or "faults.py" in command:
+        return "rank"
+    if "resource_tracker" in command:
+        return "tracker"
     return "other"
 
 
 # ---- kills ----
 
 
+class Kills:
+    """What happened to the run that is killed: figures for the results."""
+
+    def __init__(self):
+        self.ways = {}  # {way of killing: how often}
+        self.before_training = 0
+        self.slowest_end = 0.0  # seconds
+        self.last_saved_step = None
+
+
 def kills(folder, count, steps, seed, done=0):
-    """One run of 2 ranks with a worker each, killed `count` times at random moments in one of four ways, and then left to end.
-    done: that many kills have been survived in this folder already, and are gone on from."""
+    """One run of 2 ranks with a worker each, killed `count` times, and then left to end.
+
+    It must be the same, bit for bit, as a run that is never killed.
+
+    done: so many kills have already been survived in this folder; the run is continued.
+    """
     if not done:
         shutil.rmtree(folder, ignore_errors=True)
     settings = {
@@ -123,148 +169,140 @@ def kills(folder, count, steps, seed, done=0):
         "timeout": 60,
         "resume": "auto",
     }
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        os.path.join(ROOT, "train.py"),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    uninterrupted = os.path.join(folder, "whole")
+    killed = os.path.join(folder, "killed")
 
-    def launch(out_dir, log):
-        return subprocess.Popen(
-            torchrun + words_of(**settings, out_dir=out_dir),
-            env=env,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-    whole, killed = os.path.join(folder, "whole"), os.path.join(folder, "killed")
+    start = time.monotonic()
     with open(os.path.join(folder, "whole.log"), "a") as log:
-        start = time.monotonic()
-        assert launch(whole, log).wait() == 0, "the uninterrupted run failed"
-        print(
-            f"the uninterrupted run of {steps} steps took {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
+        assert launch(settings, uninterrupted, log).wait() == 0, "the uninterrupted run failed"
+    seconds = time.monotonic() - start
+    print(f"the uninterrupted run of {steps} steps took {seconds:.0f} s", flush=True)
 
-    def rows(path):
-        if not os.path.exists(path):
-            return 0
-        with open(path, "rb") as f:
-            return f.read().count(b"\n")
-
-    draw, ways, slowest, saved, in_startup = random.Random(seed), {}, 0.0, [], 0
-    metrics = os.path.join(killed, "metrics.jsonl")
+    draw = random.Random(seed)
+    figures = Kills()
     with open(os.path.join(folder, "killed.log"), "a") as log:
         for number in tqdm(range(done, count), "kills"):
-            run = launch(killed, log)
-            everyone = set()
-            if draw.random() < 0.1:  # sometimes before it trains
-                time.sleep(draw.uniform(0, 8))
-                in_startup += 1
-            else:
-                place, where = (
-                    draw.randrange(1, 50),
-                    open(log.name),
-                )  # in steps, so that slow machines get on too
-                where.seek(0, os.SEEK_END)
-                while "; from step" not in where.read():
-                    assert run.poll() is None, f"it does not start again: see {log.name}"
-                    time.sleep(0.1)
-                first = rows(metrics)
-                while rows(metrics) < first + place:
-                    assert run.poll() is None, (
-                        f"it ended before kill {number}: --steps={2 * steps}, or see {log.name}"
-                    )
-                    time.sleep(0.005)
-                time.sleep(draw.uniform(0, 0.3))
-            everyone.update(family(run.pid))
-            way = draw.choice(["all", "rank", "torchrun", "worker"])
-            target = {"all": everyone, "torchrun": [run.pid]}.get(way) or [
-                p for p in everyone if role(p) == way
-            ]
-            if not target:  # there is no such process yet
-                way, target = "all", everyone
-            if way in ("rank", "worker"):
-                target = [draw.choice(sorted(target))]
-            start = time.monotonic()
-            for pid in target:
-                os.kill(pid, signal.SIGKILL)
-            while run.poll() is None or any(
-                family(pid) for pid in everyone
-            ):  # nothing of it may stay behind
-                everyone.update(family(run.pid))
-                # A rank that is just joining the others looks for them for `timeout` + 60 s.
-                assert time.monotonic() - start < 300, (
-                    f"300 s after kill {number} ({way}) there are {[(p, role(p)) for p in everyone if family(p)]}"
-                )
-                time.sleep(0.05)
-            slowest = max(slowest, time.monotonic() - start)
-            ways[way] = ways.get(way, 0) + 1
-            if os.path.isdir(os.path.join(killed, "checkpoints")) and checkpoint.steps(
-                os.path.join(killed, "checkpoints")
-            ):
-                saved.append(int(newest(killed)[5:]))
-        assert launch(killed, log).wait() == 0, f"see {log.name}"
-    assert_same_run(whole, killed, steps)
-    log = open(os.path.join(folder, "killed.log")).read()
-    note(
+            run = launch(settings, killed, log)
+            wait_for_a_random_moment(run, killed, log.name, draw, figures)
+            kill_in_a_random_way(run, number, draw, figures)
+            if has_checkpoint(killed):
+                figures.last_saved_step = int(newest_checkpoint(killed).removeprefix("step-"))
+        assert launch(settings, killed, log).wait() == 0, f"see {log.name}"
+
+    assert_same_run(uninterrupted, killed, steps)
+    record(
         "kills",
         {
             "kills": count,
             "of_these_in_an_earlier_session": done,
-            "ways_in_this_one": ways,
-            "before_training": in_startup,
+            "ways_in_this_one": figures.ways,
+            "before_training": figures.before_training,
             "steps": steps,
             "save_steps": settings["save_steps"],
-            "last_kill_after_step": saved[-1],
-            "slowest_to_end_s": round(slowest, 1),
-            "damaged_checkpoints": log.count("is damaged"),
+            "last_kill_after_step": figures.last_saved_step,
+            "slowest_to_end_s": round(figures.slowest_end, 1),
+            "damaged_checkpoints": read(log.name).count("is damaged"),
             "same_weights_moments_state_and_metrics": True,
         },
     )
 
 
+def launch(settings, out_dir, log):
+    """torchrun with 2 ranks, in a session of its own -> Popen."""
+    script = os.path.join(ROOT, "train.py")
+    words = words_of(**settings, out_dir=out_dir)
+    return subprocess.Popen(
+        [*TORCHRUN, "--standalone", "--nproc_per_node", "2", script, *words],
+        env=environment(),
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def has_checkpoint(out_dir):
+    root = checkpoint_root(out_dir)
+    return os.path.isdir(root) and len(checkpoint.steps(root)) > 0
+
+
+def wait_for_a_random_moment(run, out_dir, log_path, draw, figures):
+    """Now and then while the run starts, otherwise some steps after it has started."""
+    if draw.random() < 0.1:
+        time.sleep(draw.uniform(0, 8))
+        figures.before_training += 1
+        return
+
+    # In steps, not in seconds, so that the run gets on even on a slow machine.
+    steps = draw.randrange(1, 50)
+    with open(log_path) as log:
+        log.seek(0, os.SEEK_END)
+        while "; from step" not in log.read():
+            assert run.poll() is None, f"it does not start again: see {log_path}"
+            time.sleep(0.1)
+
+    metrics = os.path.join(out_dir, "metrics.jsonl")
+    last = count_lines(metrics) + steps
+    while count_lines(metrics) < last:
+        assert run.poll() is None, f"it ended too early: give more --steps, or see {log_path}"
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 0.3))
+
+
+def count_lines(path):
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb") as f:
+        return f.read().count(b"\n")
+
+
+def kill_in_a_random_way(run, number, draw, figures):
+    """Kill all processes, one rank, torchrun or a worker, and wait until nothing is left."""
+    everyone = set(family(run.pid))
+    way, targets = choose_targets(run, everyone, draw)
+
+    start = time.monotonic()
+    for pid in targets:
+        os.kill(pid, signal.SIGKILL)
+    while run.poll() is None or any(family(pid) for pid in everyone):
+        everyone.update(family(run.pid))
+        # A rank that is just joining the others looks for them for `timeout` + 60 s.
+        if time.monotonic() - start > 300:
+            left = [(pid, role(pid)) for pid in everyone if family(pid)]
+            raise AssertionError(f"300 s after kill {number} ({way}) there are {left}")
+        time.sleep(0.05)
+
+    figures.slowest_end = max(figures.slowest_end, time.monotonic() - start)
+    figures.ways[way] = figures.ways.get(way, 0) + 1
+
+
+def choose_targets(run, everyone, draw):
+    """-> (way of killing, ids of the processes to kill)"""
+    way = draw.choice(["all", "rank", "torchrun", "worker"])
+    if way == "torchrun":
+        return way, [run.pid]
+    if way in ("rank", "worker"):
+        candidates = sorted(pid for pid in everyone if role(pid) == way)
+        if candidates:
+            return way, [draw.choice(candidates)]
+        # There is no such process yet.
+    return "all", everyone
+
+
 # ---- memory ----
 
 
-def resident(pid):
-    """-> (MB in memory that are this process's own, open files)"""
-    with open(f"/proc/{pid}/smaps_rollup") as f:
-        own = sum(
-            int(line.split()[1])
-            for line in f
-            if line.startswith(("Private_Clean", "Private_Dirty"))
-        )
-    return own / 1e3, len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def grew(values, share=0.03, least=8.0):
-    """Is the median of the last fifth of a series above that of its second fifth by more than a share, and by at least `least`?
-    (The first fifth is warm-up.)"""
-    fifth = len(values) // 5
-    early, late = statistics.median(values[fifth : 2 * fifth]), statistics.median(values[-fifth:])
-    return late - early > max(share * early, least)
-
-
 def memory(folder, steps, fault):
-    """A run on the emoji set with 2 workers, saving and evaluating now and then; every process is looked at once a second."""
+    """A run on the emoji set with 2 workers, which saves and evaluates now and then.
+
+    Every process is measured once a second, and none may grow. fault: of tests/faults.py, or "".
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    script = (
-        [os.path.join(ROOT, "tests", "faults.py"), fault]
-        if fault
-        else [os.path.join(ROOT, "train.py")]
-    )
+    script = ["tests/faults.py", fault] if fault else ["train.py"]
     command = [
         sys.executable,
         *script,
-        os.path.join(ROOT, "configs", "emoji_v3.py"),
-        f"--out_dir={folder}",
+        "configs/emoji_v3.py",
+        f"--out_dir={os.path.abspath(folder)}",
         f"--max_steps={steps}",
         "--epochs=10000",
         f"--save_steps={steps // 20}",
@@ -272,59 +310,97 @@ def memory(folder, steps, fault):
         "--workers=2",
         "--device=cpu",
     ]
-    series, start = {}, time.monotonic()
+    start = time.monotonic()
     with open(folder + ".log", "w") as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while run.poll() is None:
-            for pid in family(run.pid):
-                try:
-                    series.setdefault((role(pid), pid), []).append(
-                        (time.monotonic() - start, *resident(pid))
-                    )
-                except (FileNotFoundError, ProcessLookupError, PermissionError):
-                    pass
-            time.sleep(1)
+        series = measure_processes(run)
     assert run.returncode == 0, f"see {folder}.log"
-    series = {
-        key: rows
-        for key, rows in series.items()
-        if len(rows) > 0.8 * max(map(len, series.values()))
-    }  # evaluation's workers come and go
-    draw(series, os.path.join(ROOT, "assets", "soak_memory.png"))
-    rows = {
-        f"{name} {i}": {
-            "MB_second_fifth": round(
-                statistics.median(r[1] for r in rows[len(rows) // 5 : 2 * len(rows) // 5])
-            ),
-            "MB_last_fifth": round(statistics.median(r[1] for r in rows[-(len(rows) // 5) :])),
-            "files_second_fifth": statistics.median(
-                r[2] for r in rows[len(rows) // 5 : 2 * len(rows) // 5]
-            ),
-            "files_last_fifth": statistics.median(r[2] for r in rows[-(len(rows) // 5) :]),
-            "grew": grew([r[1] for r in rows]) or grew([r[2] for r in rows], 0, 2),
-        }
-        for i, ((name, _), rows) in enumerate(sorted(series.items()))
+    minutes = (time.monotonic() - start) / 60
+
+    # The workers of the evaluation come and go.
+    longest = max(len(rows) for rows in series.values())
+    series = {key: rows for key, rows in series.items() if len(rows) > 0.8 * longest}
+    draw_series(series, PICTURE)
+
+    processes = {}
+    for number, ((name, _), rows) in enumerate(sorted(series.items())):
+        processes[f"{name} {number}"] = summarise(rows)
+    record("memory", {"steps": steps, "minutes": round(minutes, 1), "processes": processes})
+    assert not any(row["grew"] for row in processes.values()), "a process grows"
+
+
+def measure_processes(run):
+    """Once a second until the run ends -> {(role, id): [(seconds, MB, open files)]}"""
+    series = {}
+    start = time.monotonic()
+    while run.poll() is None:
+        for pid in family(run.pid):
+            try:
+                key = (role(pid), pid)
+                row = (time.monotonic() - start, own_megabytes(pid), open_files(pid))
+            except (*GONE, PermissionError):
+                continue
+            series.setdefault(key, []).append(row)
+        time.sleep(1)
+    return series
+
+
+def own_megabytes(pid):
+    """The memory that this process shares with no other."""
+    kilobytes = 0
+    for line in read(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith(("Private_Clean", "Private_Dirty")):
+            kilobytes += int(line.split()[1])
+    return kilobytes / 1e3
+
+
+def open_files(pid):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def second_and_last_fifth(values):
+    """-> their medians. The first fifth is warm-up."""
+    fifth = len(values) // 5
+    return statistics.median(values[fifth : 2 * fifth]), statistics.median(values[-fifth:])
+
+
+def grew(values, share, least):
+    """Has the median risen by more than a share of it, and by more than `least`?"""
+    early, late = second_and_last_fifth(values)
+    return late - early > max(share * early, least)
+
+
+def summarise(rows):
+    """The figures of one process. rows: [(seconds, MB, open files)]"""
+    megabytes = [row[1] for row in rows]
+    files = [row[2] for row in rows]
+    early_megabytes, late_megabytes = second_and_last_fifth(megabytes)
+    early_files, late_files = second_and_last_fifth(files)
+    return {
+        "MB_second_fifth": round(early_megabytes),
+        "MB_last_fifth": round(late_megabytes),
+        "files_second_fifth": early_files,
+        "files_last_fifth": late_files,
+        "grew": grew(megabytes, share=0.03, least=8.0) or grew(files, share=0, least=2),
     }
-    note(
-        "memory",
-        {"steps": steps, "minutes": round((time.monotonic() - start) / 60, 1), "processes": rows},
-    )
-    assert not any(row["grew"] for row in rows.values()), "a process grows"
 
 
-def draw(series, path):
+def draw_series(series, path):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    for (name, pid), rows in sorted(series.items()):
-        times, own, files = zip(*rows)
-        for axis, values in zip(axes, (own, files)):
-            axis.plot([t / 60 for t in times], values, label=name)
-    for axis, title in zip(axes, ("memory of its own, MB", "open files")):
-        axis.set(title=title, xlabel="minutes", ylim=(0, None))
+    for (name, _), rows in sorted(series.items()):
+        minutes = [row[0] / 60 for row in rows]
+        axes[0].plot(minutes, [row[1] for row in rows], label=name)
+        axes[1].plot(minutes, [row[2] for row in rows], label=name)
+
+    axes[0].set_title("memory of its own, MB")
+    axes[1].set_title("open files")
+    for axis in axes:
+        axis.set(xlabel="minutes", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -333,86 +409,107 @@ def draw(series, path):
 # ---- stall ----
 
 
-def stall(folder, repeats=3):
-    """For how long a save holds training up, and how much slower steps are while it is written."""
-    shutil.rmtree(folder, ignore_errors=True)
-    torch.manual_seed(0)
-    model = models.create("ViT-B-32")
-    optimizer = torch.optim.AdamW(
-        [dict(name="decay", params=list(model.parameters()))], 1e-4, fused=True
-    )
-    loss = ContrastiveLoss(
-        "fastclip-v3", 9_187_328
-    )  # the u-state of the paper's 12 M pairs, all on this rank
-    images, tokens = (
-        torch.zeros(2, 3, 224, 224, dtype=torch.uint8),
-        torch.ones(2, 16, dtype=torch.long),
-    )
+class LargeRun:
+    """A ViT-B-32, its AdamW moments, and the u-state of the paper's 12 M pairs on one rank."""
 
-    def step():
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = models.create("ViT-B-32")
+        parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [dict(name="decay", params=parameters)], 1e-4, fused=True
+        )
+        self.loss = ContrastiveLoss("fastclip-v3", 9_187_328)
+        self.images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
+        self.tokens = torch.ones(2, 16, dtype=torch.long)
+
+    def step(self):
+        """A training step on two pairs -> seconds"""
         start = time.monotonic()
-        optimizer.zero_grad()
-        sum(x.sum() for x in model(images, tokens)).backward()
-        optimizer.step()
+        self.optimizer.zero_grad()
+        image_features, text_features = self.model(self.images, self.tokens)
+        (image_features.sum() + text_features.sum()).backward()
+        self.optimizer.step()
         return time.monotonic() - start
 
-    alone = statistics.median(step() for _ in range(2 * repeats))
-    figures = {"seconds_of_a_step": round(alone, 2)}
-    for background in (True, False):
-        c = config.Config(
-            out_dir=os.path.join(folder, str(background)), save_background=background, keep=1
-        )
-        saver = checkpoint.Saver(
-            c, model, optimizer, loss, torch.amp.GradScaler("cpu", enabled=False)
-        )
-        waits, writes, beside = [], [], []
-        for n in tqdm(range(1 + repeats), "beside the training" if background else "at once"):
-            start = time.monotonic()
-            wait = saver.save(n, {})
-            while saver.writing():
-                beside.append(step())
-            assert saver.commit()
-            if n:  # the first one also has to find its memory
-                waits.append(wait)
-                writes.append(time.monotonic() - start)
-        name = "beside" if background else "at_once"
+    def saver(self, folder, background):
+        c = config.Config(out_dir=folder, save_background=background, keep=1)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return checkpoint.Saver(c, self.model, self.optimizer, self.loss, scaler)
+
+
+def stall(folder, repeats=3):
+    """How long training waits for a save, and how much slower steps are while it is written."""
+    shutil.rmtree(folder, ignore_errors=True)
+    run = LargeRun()
+    step_alone = statistics.median(run.step() for _ in range(2 * repeats))
+    figures = {"seconds_of_a_step": round(step_alone, 2)}
+
+    for name in ("beside", "at_once"):
+        background = name == "beside"
+        out = os.path.join(folder, name)
+        saver = run.saver(out, background)
+        waits, writes, steps_meanwhile = measure_saves(run, saver, repeats, name)
         figures[f"training_waits_s_{name}"] = round(statistics.median(waits), 2)
         figures[f"until_it_is_safe_s_{name}"] = round(statistics.median(writes), 2)
-        if beside:
-            figures["seconds_of_a_step_meanwhile"] = round(statistics.median(beside), 2)
-        figures["GB"] = round(saver.bytes() / 1e9, 2)
+        if steps_meanwhile:
+            figures["seconds_of_a_step_meanwhile"] = round(statistics.median(steps_meanwhile), 2)
+        figures["GB"] = round(saver.num_bytes() / 1e9, 2)
         saver.close()
-        shutil.rmtree(c.out_dir)
-    note("stall", figures)
+        shutil.rmtree(out)
+
+    record("stall", figures)
     assert figures["training_waits_s_beside"] < figures["training_waits_s_at_once"]
 
 
-if __name__ == "__main__":
+def measure_saves(run, saver, repeats, label):
+    """-> three lists of seconds: training waits; a checkpoint is safe; each step meanwhile."""
+    waits = []
+    writes = []
+    steps_meanwhile = []
+    for number in tqdm(range(1 + repeats), label):
+        start = time.monotonic()
+        wait = saver.save(number, {})
+        while saver.writing():
+            steps_meanwhile.append(run.step())
+        assert saver.commit()
+
+        # The first save also has to allocate its memory.
+        if number > 0:
+            waits.append(wait)
+            writes.append(time.monotonic() - start)
+    return waits, writes, steps_meanwhile
+
+
+# ---- the command line ----
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["kills", "memory", "stall"])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, help="of the run: kills 1600, memory 4000")
-    parser.add_argument(
-        "--done",
-        type=int,
-        default=0,
-        help="kills: so many have been survived in --folder, go on from there",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and ways of killing")
-    parser.add_argument(
-        "--fault",
-        default="",
-        help="memory: a fault of tests/faults.py, for example leak@500:0, which must be found",
-    )
-    parser.add_argument("--folder", default=os.path.join(ROOT, "runs", "soak"))
-    a = parser.parse_args()
-    place = os.path.join(a.folder, a.part)
+    add = parser.add_argument
+    add("part", choices=["kills", "memory", "stall"])
+    add("--kills", type=int, default=50)
+    add("--steps", type=int, help="of the run: kills 1600, memory 4000")
+    add("--done", type=int, default=0, help="kills: so many have been survived in --folder already")
+    add("--seed", type=int, default=0, help="of the moments and ways of killing")
+    add("--fault", default="", help="memory: of tests/faults.py; leak@500:0 must be found")
+    add("--folder", default=os.path.join(ROOT, "runs", "soak"))
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    a = parse(argv)
+    folder = os.path.join(a.folder, a.part)
     os.makedirs(a.folder, exist_ok=True)
     if a.part == "kills":
-        kills(place, a.kills, a.steps or 1600, a.seed, a.done)
+        kills(folder, a.kills, a.steps or 1600, a.seed, a.done)
     elif a.part == "memory":
-        memory(place, a.steps or 4000, a.fault)
+        memory(folder, a.steps or 4000, a.fault)
     else:
-        stall(place)
+        stall(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

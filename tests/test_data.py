@@ -169,7 +169,9 @@ def test_several_sources_and_pipes(shards, tmp_path, own_cache, expected):
     for image, i in zip(images.flatten(0, 1), ids.flatten().tolist()):
         assert number_of(image) == (i if i < N else i - N)
 
-    assert same(load(order_of("pipe:cat " + shards, count_remote=True), 0, 10, workers=2), expected[1])
+    assert same(
+        load(order_of("pipe:cat " + shards, count_remote=True), 0, 10, workers=2), expected[1]
+    )
     assert len(list(own_cache.glob("pipe-*.json"))) == 1
 
 
