@@ -1,5 +1,6 @@
-# The emoji set (python -m tools.prepare emoji): five drawing styles to train on, a sixth, unseen, to evaluate. Sized for two CPU
-# cores: a narrow ResNet at 32 px learns faster per second there than at 64 px, and better with BatchNorm than GroupNorm.
+# The emoji set (python -m tools.prepare emoji): five drawing styles to train on, a sixth, unseen,
+# to evaluate. Sized for two CPU cores: a narrow ResNet at 32 px learns faster per second there than
+# at 64 px, and better with BatchNorm than with GroupNorm.
 train_data = "data/emoji/train/*.tar"
 eval_data = "data/emoji/test/*.tar"
 

@@ -1,5 +1,5 @@
-# The paper's xlarge scale, a subset of LAION-400M: arXiv 2407.01445, and the settings of the released scripts.
-# Shards by img2dataset; of 414,080,000 pairs in the list 315,658,316 could be downloaded then.
+# The paper's xlarge scale, a subset of LAION-400M: arXiv 2407.01445, and the settings of the
+# released scripts. Shards by img2dataset; of 414,080,000 pairs in the list 315,658,316 could be downloaded then.
 train_data = "data/laion400m/{00000..41407}.tar"
 train_samples = 315_658_316
 
