@@ -11,9 +11,8 @@ lr_min = 0.0
 warmup_steps = 10_000
 weight_decay = 0.1
 
-equations = (
-    "release"  # the published numbers, and rho, were made with the released equations (see loss.py)
-)
+# The published numbers, and rho, were made with the released equations (DEPARTURES in loss.py).
+equations = "release"
 eps_u = 1e-14
 gamma_min = 0.2
 gamma_decay_epochs = 16

@@ -4,7 +4,7 @@
 train_data = "data/emoji/train/*.tar"
 eval_data = "data/emoji/test/*.tar"
 
-model = "RN50"  # of which these numbers leave the shape
+model = "RN50"  # only its architecture: the numbers below replace its own
 image_size = 32
 vision_layers = (1, 1, 1, 1)
 vision_width = 16
@@ -15,7 +15,7 @@ text_heads = 4
 text_layers = 1
 
 batch_size = 128
-lanes = 16  # the set has 15 shards: every lane more is one more walk through a tar in each epoch
+lanes = 16  # the set has 15 shards, and each further lane reads once more through one per epoch
 epochs = 15
 lr = 1e-3
 warmup_steps = 200

@@ -1,5 +1,6 @@
 # The paper's xlarge scale, a subset of LAION-400M: arXiv 2407.01445, and the settings of the
-# released scripts. Shards by img2dataset; of 414,080,000 pairs in the list 315,658,316 could be downloaded then.
+# released scripts. Shards by img2dataset; of the list's 414,080,000 pairs 315,658,316 could be
+# downloaded then.
 train_data = "data/laion400m/{00000..41407}.tar"
 train_samples = 315_658_316
 
@@ -11,9 +12,8 @@ lr_min = 4e-5
 warmup_steps = 13_200
 weight_decay = 0.2
 
-equations = (
-    "release"  # the published numbers, and rho, were made with the released equations (see loss.py)
-)
+# The published numbers, and rho, were made with the released equations (DEPARTURES in loss.py).
+equations = "release"
 eps_u = 1e-6
 gamma_min = 0.8
 gamma_decay_epochs = 10
