@@ -18,7 +18,7 @@ import torch
 
 import data
 from config import ConfigError
-from helpers import same
+from helpers import equal
 from ingest import images, workers
 from ingest.index import Index, load_index
 from ingest.reader import ShardError
@@ -169,7 +169,7 @@ def test_several_sources_and_pipes(shards, tmp_path, own_cache, expected):
     for image, i in zip(images.flatten(0, 1), ids.flatten().tolist()):
         assert number_of(image) == (i if i < N else i - N)
 
-    assert same(
+    assert equal(
         load(order_of("pipe:cat " + shards, count_remote=True), 0, 10, workers=2), expected[1]
     )
     assert len(list(own_cache.glob("pipe-*.json"))) == 1
@@ -181,7 +181,7 @@ def test_a_command_cut_off_is_tried_again(shards, tmp_path, expected):
         'if mkdir "$0.$(basename $1)" 2>/dev/null; then head -c 9999 "$1"; exit 1; fi; cat "$1"'
     )
     index = load_index(shards)._replace(shards=expand(f"pipe:sh {script} {shards}"))
-    assert same(load(data.Order(index, 16, 8, 5, 3), 0, 10), expected[1])
+    assert equal(load(data.Order(index, 16, 8, 5, 3), 0, 10), expected[1])
 
 
 def test_captions_from_json(shards):
@@ -203,7 +203,7 @@ def test_captions_from_json(shards):
     assert sum(letters[0][i] != letters[1][i] for i in both) > 60
 
     two_ranks = load(order, 3, 5, ranks=2, workers=2, caption_key="texts")
-    assert same(two_ranks, load(order, 3, 5, caption_key="texts"))
+    assert equal(two_ranks, load(order, 3, 5, caption_key="texts"))
 
 
 def test_captions_from_lines(tmp_path):
@@ -252,7 +252,7 @@ def test_tokens_are_trimmed(tmp_path):
 )
 def test_same_batches_on_any_ranks_and_workers(expected, ranks, workers, capsys):
     order, batches = expected
-    assert same(load(order, 0, 10, ranks, workers), batches)
+    assert equal(load(order, 0, 10, ranks, workers), batches)
 
     lanes = 8 // ranks
     possible = [w for w in range(1, workers + 1) if lanes % w == 0]
@@ -264,7 +264,7 @@ def test_same_batches_on_any_ranks_and_workers(expected, ranks, workers, capsys)
 @pytest.mark.parametrize("start, workers", [(1, 0), (6, 0), (7, 2), (9, 0)])
 def test_resume_equals_the_uninterrupted_run(expected, start, workers):
     order, batches = expected
-    assert same(load(order, start, 10, workers=workers), [x[start:] for x in batches])
+    assert equal(load(order, start, 10, workers=workers), [x[start:] for x in batches])
 
 
 def test_resume_decodes_nothing_before(expected, monkeypatch):
@@ -382,8 +382,8 @@ def test_bad_samples_are_replaced_and_counted(tmp_path):
 
     # By the same ones on any number of ranks, and after a resumption.
     batches = load(order, 0, 10)
-    assert same(batches, load(order, 0, 10, 2, 2))
-    assert same(load(order, 4, 6), [x[4:6] for x in batches])
+    assert equal(batches, load(order, 0, 10, 2, 2))
+    assert equal(load(order, 4, 6), [x[4:6] for x in batches])
 
 
 def test_json_without_the_key(tmp_path):

@@ -23,7 +23,7 @@ from PIL import Image
 
 import data
 from config import ConfigError
-from helpers import same
+from helpers import equal
 from ingest import evaluation, images
 from ingest import tar as tar_files
 from ingest.index import Index, count_samples, load_index
@@ -530,7 +530,7 @@ def test_a_command_that_hangs_once(tmp_path, monkeypatch):
     index = load_index(pattern)
     expected = load(data.Order(index, 4, 4, 5, 3), 0, 15)
     piped = index._replace(shards=expand(f"pipe:sh {tmp_path}/slow.sh {pattern}"))
-    assert same(load(data.Order(piped, 4, 4, 5, 3), 0, 15), expected)
+    assert equal(load(data.Order(piped, 4, 4, 5, 3), 0, 15), expected)
     assert not sleeps(seconds)
     assert len(glob.glob(f"{tmp_path}/slow.sh.*")) == 2
 
