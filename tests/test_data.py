@@ -316,6 +316,7 @@ def test_signals_do_not_end_workers(expected):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_trainer(shards, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""

@@ -285,7 +285,7 @@ def test_definition_equals_loops(name):
         assert (~u1.isnan()).nonzero().flatten().tolist() == visited
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_kernel_equals_definition(world_size):
     """With per-sample temperatures, the definition takes those that the kernel has at this step."""
     runs = kernel_runs(world_size)
@@ -534,6 +534,7 @@ def assert_same_run(run, expected, label):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_tiles_change_nothing(world_size):
     for runs in on_ranks(world_size, run_tiles):
@@ -672,6 +673,7 @@ def run_duplicates():
     return loss.state.table[:-1], torch.stack(objectives)
 
 
+@pytest.mark.slow
 def test_duplicate_ids_have_one_rule_on_any_number_of_ranks():
     """Both read the same old row; the last one in the global batch is remembered."""
     table, objectives = run_duplicates()

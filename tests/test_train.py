@@ -95,6 +95,7 @@ def test_two_ranks_are_one(tmp_path, sets, algorithm):
         assert a["tau"] == pytest.approx(b["tau"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_resnet(tmp_path, sets):
     """In channels_last: collectives and gradient buckets must respect the strides."""
     one = train(str(tmp_path / "one"), sets, **RESNET, max_steps=4)
@@ -114,6 +115,7 @@ def test_micro_batches_are_exact(tmp_path, sets):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_it_resumes_at_another_world_size(tmp_path, sets):
     settings = dict(algorithm="fastclip-v2", max_steps=12, save_steps=6)
     one = train(str(tmp_path / "one"), sets, **settings)
@@ -189,6 +191,7 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, sets):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batch_size, words",
     [(66, "lanes = 33"), (33, "batch_size = 33 must be a multiple of 2 ranks")],
