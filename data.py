@@ -129,8 +129,8 @@ def lanes_and_block(batch_size, lanes="auto", block="auto"):
 class Line(NamedTuple):
     """The n shards of an epoch, laid end to end."""
 
-    shards: np.ndarray  # int64 [n], the permutation of the shards
-    ends: np.ndarray  # int64 [n], the position on the line at which each of them ends
+    shards: np.ndarray  # int64 (n,), the permutation of the shards
+    ends: np.ndarray  # int64 (n,), the position on the line at which each of them ends
     offset: int  # by how much the line is rotated
 
 
@@ -193,7 +193,7 @@ class Order:
     def line_ids(self, epoch, lane, start, end):
         """The ids at the positions start..end - 1 of a lane, in the order of the line, unshuffled.
 
-        int64 [end - start]. Positions behind the end of the lane are those of the next lane, and
+        int64 (end - start,). Positions behind the end of the lane are those of the next lane, and
         behind the end of the line those at its beginning.
         """
         line = self.line(epoch)
@@ -206,7 +206,7 @@ class Order:
         return self.first_ids[shards] + positions - shard_starts
 
     def block_ids(self, epoch, lane, block_start, block_end):
-        """The ids of a block, shuffled: the order in which they are used. int64 [its length]."""
+        """The ids of a block, shuffled: the order in which they are used. int64 (its length,)."""
         random = rng(self.seed, epoch, FOR_BLOCK, lane, block_start)
         return random.permutation(self.line_ids(epoch, lane, block_start, block_end))
 
@@ -241,7 +241,7 @@ class Order:
 
 
 def batch_ids(order, step):
-    """The ids of the global batch of a step, counted from 0 over all epochs. int64 [batch_size].
+    """The ids of the global batch of a step, counted from 0 over all epochs. int64 (batch_size,).
 
     Lane after lane. This is what the loaders of all ranks together yield, except that they replace
     bad samples.
@@ -268,7 +268,7 @@ def training_sample(
 ):
     """The files of a sample, {extension: bytes}, and its generator -> (image, caption).
 
-    The caption, a str, is one of the sample's, drawn. The image is a random crop, uint8 [3, S, S]
+    The caption, a str, is one of the sample's, drawn. The image is a random crop, uint8 (3, S, S)
     with S = image_size; with decoder = nvjpeg it is still encoded, an ingest.images.EncodedCrop.
     Both depend on nothing but the arguments: a sample gives the same pixels in every process.
     Raises BadSample with the reason if the sample cannot be used.
@@ -374,10 +374,10 @@ class LaneReader:
 class Batch(NamedTuple):
     """A rank's share of a global batch: b samples. Images and tokens are on the device."""
 
-    images: torch.Tensor  # uint8 [b, 3, S, S], in channels_last
-    tokens: torch.Tensor  # int64 [b, L], zero-padded
-    lengths: torch.Tensor  # int64 [b], of the captions in tokens, on the CPU
-    ids: torch.Tensor  # int64 [b], on the CPU
+    images: torch.Tensor  # uint8 (b, 3, S, S), in channels_last
+    tokens: torch.Tensor  # int64 (b, L), zero-padded
+    lengths: torch.Tensor  # int64 (b,), of the captions in tokens, on the CPU
+    ids: torch.Tensor  # int64 (b,), on the CPU
     bad: dict  # {reason: how many samples were replaced}
 
 

@@ -58,7 +58,7 @@ def train_step(t, batch, step):
     """One iteration of Algorithm 1 on this rank's share of the global batch.
 
     t: Trainer. batch: data.Batch of b samples. step: counted from 0 over the whole run.
-    Returns (LossOutput, norm of the averaged gradient []). Nothing here waits for the device,
+    Returns (LossOutput, norm of the averaged gradient ()). Nothing here waits for the device,
     unless steps may be skipped.
     """
     gamma, lr_tau = optim.set_schedules(t, step)
@@ -106,7 +106,7 @@ def micro_batches(batch, size):
 
 
 def encode(t, pieces):
-    """The features of each piece, (image [n, d], text [n, d]), of unit length.
+    """The features of each piece, (image (n, d), text (n, d)), of unit length.
 
     A single piece keeps its graph. Several are encoded without one: `backward` encodes each once
     more, so that the activations of only one piece are in memory at a time.

@@ -131,7 +131,7 @@ def encoded_image(files):
 
 
 def decode(files):
-    """The image among the files of a sample, {extension: bytes} -> uint8 [3, h, w].
+    """The image among the files of a sample, {extension: bytes} -> uint8 (3, h, w).
 
     Raises BadSample if it is corrupt or too large, or if there are no files.
     """
@@ -140,7 +140,7 @@ def decode(files):
 
 
 def pixels(data, height, width):
-    """An encoded image (bytes) of a declared size -> uint8 [3, height, width].
+    """An encoded image (bytes) of a declared size -> uint8 (3, height, width).
 
     In memory the channels come last: [height, width, 3]. Raises BadSample if the image is corrupt.
     """
@@ -158,7 +158,7 @@ def pixels(data, height, width):
 
 
 def decode_png(data):
-    """A PNG (bytes) -> uint8 [3, h, w]. Any exception if it is broken.
+    """A PNG (bytes) -> uint8 (3, h, w). Any exception if it is broken.
 
     By Pillow, although that is a quarter slower: one wrong bit in the compressed pixels, and
     torchvision's decoder (0.29) ends the whole process with a segmentation fault.
@@ -175,7 +175,7 @@ def decode_png(data):
 def scaled_pixels(data, height, width, decoder, factor):
     """A JPEG (bytes) of a declared size, decoded at 1 / factor of it (1, 2, 4 or 8).
 
-    -> uint8 [3, height / factor, width / factor], rounded up. Any exception if it is corrupt or of
+    -> uint8 (3, height / factor, width / factor), rounded up. Any exception if it is corrupt or of
     a rare kind that the decoder does not know.
     """
     h = math.ceil(height / factor)
@@ -229,7 +229,7 @@ def check_decoder(decoder, device):
 
 
 def resize(image, height, width):
-    """uint8 [3, h, w] -> uint8 [3, height, width], bicubic and antialiased."""
+    """uint8 (3, h, w) -> uint8 (3, height, width), bicubic and antialiased."""
     # As image[None], but with strides that torch recognises as channels_last. That is up to a
     # third faster.
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
@@ -262,7 +262,7 @@ def random_crop(height, width, scale, random):
 
 
 def training_image(data, height, width, random, size, crop_scale, decoder="torchvision"):
-    """A random crop of an encoded image (bytes) of a declared size -> uint8 [3, size, size].
+    """A random crop of an encoded image (bytes) of a declared size -> uint8 (3, size, size).
 
     The draws from `random` are the same whatever the decoder. A picture that is decoded at
     1 / factor of its size has the crop's edges rounded down to multiples of the factor.
@@ -299,7 +299,7 @@ def reduction(height, width, size):
 
 
 def evaluation_image(files, size):
-    """The image among {extension: bytes} -> uint8 [3, size, size], without any randomness.
+    """The image among {extension: bytes} -> uint8 (3, size, size), without any randomness.
 
     The shorter side is resized to `size`, then the centre is cut out. Raises BadSample with the
     reason if the image cannot be used.
@@ -321,7 +321,7 @@ def evaluation_image(files, size):
 def stack_crops(crops):
     """What training_image or encoded_crop made of b images -> one batch.
 
-    Of tensors [3, S, S]: uint8 [b, 3, S, S], in channels_last as the crops are. Of encoded crops:
+    Of tensors [3, S, S]: uint8 (b, 3, S, S), in channels_last as the crops are. Of encoded crops:
     an EncodedBatch. In a data worker the batch lies in memory that it shares with the trainer.
     """
     if isinstance(crops[0], EncodedCrop):
@@ -356,16 +356,16 @@ ALREADY_CROPPED = Box(0, 0, 0, 0, 0, 0)
 class EncodedCrop(NamedTuple):
     """One image for the GPU, and which crop of it to take."""
 
-    data: torch.Tensor  # uint8 [n], a JPEG; if ALREADY_CROPPED, the pixels of the crop, (S, S, 3)
+    data: torch.Tensor  # uint8 (n,), a JPEG; if ALREADY_CROPPED, the pixels of the crop, (S, S, 3)
     box: Box
 
 
 class EncodedBatch(NamedTuple):
     """b images for the GPU."""
 
-    data: torch.Tensor  # uint8 [n], the data of all images, one after the other
-    sizes: torch.Tensor  # int64 [b], the number of bytes of each
-    boxes: torch.Tensor  # int64 [b, 6], the Box of each
+    data: torch.Tensor  # uint8 (n,), the data of all images, one after the other
+    sizes: torch.Tensor  # int64 (b,), the number of bytes of each
+    boxes: torch.Tensor  # int64 (b, 6), the Box of each
 
 
 def encoded_crop(data, height, width, random, size, crop_scale):
@@ -393,11 +393,11 @@ def on_device(parts, device):
 def decode_on_device(parts, size, device):
     """One EncodedBatch from each worker -> (crops, source), b images in all.
 
-    crops: uint8 [b, 3, size, size] on the device. source: int64 [b] on the CPU: which image the
+    crops: uint8 (b, 3, size, size) on the device. source: int64 (b,) on the CPU: which image the
     pixels are of, its own or, if that is corrupt, the next good one. Raises BadSample if all
     images are corrupt.
     """
-    data = []  # uint8 [n] each
+    data = []  # uint8 (n,) each
     boxes = []
     for part in parts:
         data += part.data.split(part.sizes.tolist())
@@ -448,7 +448,7 @@ def groups_to_decode(jpegs, boxes):
 
 
 def crop_on_device(image, box, size):
-    """A decoded image uint8 [3, h, w] -> its crop, float [3, size, size], whole numbers 0..255."""
+    """A decoded image uint8 (3, h, w) -> its crop, float [3, size, size], whole numbers 0..255."""
     bottom = box.top + box.height
     right = box.left + box.width
     crop = image[None, :, box.top : bottom, box.left : right].float()  # CUDA resizes only floats
@@ -477,7 +477,7 @@ def good_in_place_of_bad(good, count):
 
 
 def decode_jpegs(parts, device):
-    """JPEGs, uint8 [n] each -> list of uint8 [3, h, w] each on the device, None for a corrupt one.
+    """JPEGs, uint8 (n,) each -> list of uint8 (3, h, w) each on the device, None for a corrupt one.
 
     nvJPEG fails for a list as a whole and does not say at which image, so a list that fails is
     decoded by halves.

@@ -56,7 +56,7 @@ class Tokenizer:
         self.byte_id, self.merges, self.token_bytes = read_vocabulary()
 
     def __call__(self, texts):
-        """Token ids of a str or a list (or tuple) of n str: LongTensor [n, context_length].
+        """Token ids of a str or a list (or tuple) of n str: LongTensor (n, context_length).
 
         A row is <start_of_text>, the caption, <end_of_text>, zeros. A caption that is too long
         loses its tail, never <end_of_text>. One str gives n = 1. Anything else: TypeError.

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     text_length: float  # mean tokens of its captions
     values: torch.Tensor  # (4,) objective, mbcl, tau, grad_norm, on the device
     features_finite: torch.Tensor  # (b,) bool
-    gradient_finite: torch.Tensor  # [] bool, of this rank's own gradient
+    gradient_finite: torch.Tensor  # () bool, of this rank's own gradient
 
 
 class Log:
@@ -121,7 +121,7 @@ class Log:
     def step(self, step, batch, out, grad_norm):
         """Note what a step returned, and report if it is time. Raises BadRun as collect() does.
 
-        step: steps done. batch: data.Batch. out: LossOutput. grad_norm: [].
+        step: steps done. batch: data.Batch. out: LossOutput. grad_norm: ().
         """
         self.bad.update(batch.bad)
         self.gamma = out.gamma

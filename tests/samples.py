@@ -32,7 +32,7 @@ def picture(number, extension):
 
 
 def number_of(image):
-    """uint8 [3, S, S] -> the number that its red and green spell."""
+    """uint8 (3, S, S) -> the number that its red and green spell."""
     red, green = image[:2].float().mean((1, 2)).tolist()
     return int(red // 16 + green // 16 * 16)
 
@@ -77,7 +77,7 @@ def write_shards(folder, sizes=SIZES, **changes):
 
 
 def png(image):
-    """uint8 [3, H, W] -> a PNG, bytes."""
+    """uint8 (3, H, W) -> a PNG, bytes."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()

@@ -21,7 +21,7 @@ CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 def picture(name, generator, size=32):
-    """A picture of the class `name`, at a random position -> uint8 [3, size, size]."""
+    """A picture of the class `name`, at a random position -> uint8 (3, size, size)."""
     colour, shape = name.split()
     image = torch.randint(180, 255, (3, size, size), generator=generator, dtype=torch.uint8)
     y = int(torch.randint(9, size - 9, (1,), generator=generator))

@@ -74,7 +74,7 @@ def without_pixels(jpeg):
 
 
 def crop_of(content, seed, size=224, decoder="torchvision", scale=(0.9, 1.0)):
-    """The random crop that training takes of an image, uint8 [3, size, size]."""
+    """The random crop that training takes of an image, uint8 (3, size, size)."""
     _, height, width = images.encoded_image({"jpg": content})
     random = np.random.default_rng(seed)
     return images.training_image(content, height, width, random, size, scale, decoder)
