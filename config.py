@@ -95,8 +95,8 @@ class Config:
     index_remote: bool = False
     # Random resized crop: smallest and largest share of the image's area.
     crop_scale: tuple = (0.9, 1.0)
-    # Of training JPEGs. pillow and simplejpeg (a package) are faster for large pictures, nvjpeg
-    # decodes on the GPU: see ingest/images.py.
+    # Decoder of training JPEGs. pillow and simplejpeg (a package) are faster for large pictures,
+    # nvjpeg decodes on the GPU: see ingest/images.py.
     decoder: Literal["torchvision", "pillow", "simplejpeg", "nvjpeg"] = "torchvision"
     # Parallel read positions; must divide batch_size. Changing it changes the order of samples.
     lanes: int | Literal["auto"] = "auto"
@@ -123,11 +123,11 @@ class Config:
     optimizer: Literal["adamw", "lamb", "lion", "sgdm"] = "adamw"
     # Peak learning rate.
     lr: float = 1e-3
-    # Where its cosine ends.
+    # Learning rate at the end of the cosine.
     lr_min: float = 0.0
-    # Linear warm-up, steps.
+    # Steps of linear warm-up.
     warmup_steps: int = 10_000
-    # On matrices only, never on biases, norms or the temperature.
+    # Weight decay of matrices; biases, norms and the temperature have none.
     weight_decay: float = 0.1
     # First moment, or momentum.
     beta1: float = 0.9
@@ -178,7 +178,7 @@ class Config:
 
     # auto (cuda if there is one), cuda or cpu.
     device: str = "auto"
-    # Of the towers; auto: bf16 on a GPU that has it, else fp32. The loss is always fp32.
+    # Precision of the towers; auto: bf16 on a GPU that has it, else fp32. The loss is always fp32.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # torch.compile each block; auto: on CUDA.
     compile: bool | Literal["auto"] = "auto"
@@ -190,7 +190,7 @@ class Config:
     loss_tile: int = 0
     # Seconds without a finished step after which a rank gives up and says where.
     timeout: float = 600.0
-    # Of the weights, the order of samples, crops and captions.
+    # Seed of the weights, the order of samples, crops and captions.
     seed: int = 2024
 
     def model_numbers(self):
@@ -419,6 +419,7 @@ def check_method(c):
     )
     require(
         0.01 <= c.tau_init <= 1,
+        # TAU_MIN and TAU_MAX of loss.py, which imports this file.
         f"tau_init = {c.tau_init} must lie in [0.01, 1], the range in which tau is kept",
     )
     require(c.lr_min <= c.lr, f"lr_min = {c.lr_min} is above lr = {c.lr}")

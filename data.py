@@ -5,7 +5,7 @@ Nothing else does, neither what was read before nor the number of ranks and work
 resumes exactly, by computing its position instead of reading up to it, and it sees the same batches
 on any number of GPUs. An example:
 
-    Three shards hold 14 samples. Their ids are their numbers through all shards:
+    Three shards hold 14 samples. Ids count the samples through all shards:
         A = 0 1 2    B = 3 4 5 6 7    C = 8 9 10 11 12 13
     batch_size = 4, lanes = 2, block = 3, seed = 32, so an epoch has 14 // 4 = 3 steps. Epoch 0:
 
@@ -316,7 +316,7 @@ class LaneReader:
                 yield self.good_sample(part, position, bad)
 
     def read_block(self, part):
-        """Read the block of a part into the buffer: in the order of the line, so forwards."""
+        """Read the block of a part into the buffer, in line order: shards are read forwards."""
         block = (part.epoch, self.lane, part.block_start, part.block_end)
         self.block = (part.epoch, part.block_start)
         self.block_ids = self.order.block_ids(*block).tolist()

@@ -61,8 +61,8 @@ def init(device="auto", timeout=600.0):
         set_up_gpu(local_rank)
 
     if "RANK" in os.environ and not c10d.is_initialized():
-        # The watchdog ends a rank after `timeout` and says why. The time-out of the backends comes
-        # later, because it gives no reason.
+        # The watchdog ends a rank after `timeout` and says why. The time-out of the backends gives
+        # no reason, so it is set to come later.
         c10d.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
             timeout=datetime.timedelta(seconds=timeout + 60),

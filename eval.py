@@ -1,6 +1,7 @@
 """Evaluate a model: zero-shot classification and retrieval, and a picture of what it finds.
 
-    python eval.py runs/emoji_v3 --eval_data='data/emoji/test/{00000..00001}.tar'
+    python eval.py runs/quickstart                             on the eval_data of its config
+    python eval.py runs/cc3m_v3 --eval_data='SET/{00..49}.tar'   on another set
 
 evaluates the newest checkpoint of a run, or one checkpoint folder, and writes eval.json and
 retrieval.png. train.py calls `evaluate` during a run and at its end. ingest/evaluation.py says what

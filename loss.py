@@ -2,8 +2,8 @@
 
 1. Definition: `loss_by_definition`, the losses as they are written on paper, on one process,
    differentiated by autograd.
-2. Kernel: `ContrastiveLoss`, the same losses in log space on K ranks, in five steps, with the
-   gradients written out. This is what training uses.
+2. Kernel: `ContrastiveLoss`, the same losses in log space on K ranks, in five stages of plain
+   PyTorch, with the gradients written out. This is what training uses.
 3. State: `SampleState`, the numbers that are kept per sample, sharded over the ranks.
 
 Notation (1 stands for the image side, 2 for the text side)
@@ -17,6 +17,11 @@ Notation (1 stands for the image side, 2 for the text side)
     u1_i, u2_i      moving averages of g1_i and g2_i over the visits of sample i
     v               eps + u
     gamma           weight of the new g in the moving average, in (0, 1]
+    P_ij            weight of negative j of anchor i, equation (2); W = c P
+    gap_i           mean of s_ij - s_ii over the negatives, with weights proportional to P_ij
+
+An anchor is an image or a text, and its candidates are all texts or all images. In functions that
+serve both sides, s_ij is anchor i with candidate j: for text anchors that is s_ji above.
 
 Objectives over N pairs, with g over the whole data set (the table ALGORITHMS says who has which)
 
@@ -25,6 +30,11 @@ Objectives over N pairs, with g over the whole data set (the table ALGORITHMS sa
     RGCL     1/N sum_i [tau1_i (log(eps + g1_i) + rho) + tau2_i (log(eps + g2_i) + rho)]
     RGCL-g   RGCL with one temperature tau for all samples
     MBCL     CLIP's mini-batch loss: the cross-entropy of each anchor with its batch
+
+All algorithms have MBCL's scale: the training loss is half the objective (of MBCL, all of it).
+
+Equations: (1) log_u_with_gradient and moving_average, (2) and (3) feature_gradients,
+(4) global_tau_gradient, (5) step_sample_tau.
 """
 
 import difflib
@@ -52,9 +62,9 @@ class Algorithm(NamedTuple):
     state: bool  # does it keep u per sample? Otherwise this batch's g takes the place of u.
     tau: str  # "global" or "sample"
     learned: bool  # is tau learned?
-    c: str  # in the feature gradient: the objective's factor tau, if any, times d(s/tau)/ds = 1/tau
-    gamma: str  # usual schedule of gamma, see optim.py
-    lr_tau: str  # usual schedule of tau's learning rate, see optim.py
+    c: str  # factor of (2): d(s/tau)/ds = 1/tau, times the objective's factor tau if it has one
+    gamma: str  # usual schedule of gamma, see optim.py; unused without state
+    lr_tau: str  # usual schedule of tau's learning rate, see optim.py; unused if not learned
 
 
 # The only list of the algorithms: a new row is a new value of `algorithm` in the config.
@@ -82,8 +92,13 @@ class Departure(NamedTuple):
 
 # equations = "paper" is the gradient of the objectives above. equations = "release" is what the
 # published code computes when it is run by its published commands; the paper's results were made
-# with it. These are all the differences. (c: the feature gradient lacks the objective's factor tau.
-# kappa: the gradient by a global tau counts d g / d tau twice. Adam: the one of per-sample tau.)
+# with it. These are all the differences:
+#
+#   factor c      the released feature gradient lacks the objective's factor tau
+#   kappa         the released gradient of a global tau counts d g / d tau twice
+#   log u         the released gradient of v3's tau has no eps in the logarithm
+#   first epoch   the released Adam of per-sample tau has no memory in epoch 0
+#   bias          it corrects its bias by the epoch, not by the visits of the sample
 # fmt: off
 DEPARTURES = {
     # where                  losses                 paper                      release
@@ -129,8 +144,9 @@ def loss_by_definition(name, e1, e2, tau1, tau2, u1, u2, gamma, rho=6.5, eps=1e-
     With gamma = 1, u is g, and the gradient is that of the objective on this batch.
 
     e1, e2: (B, d) image and text features, L2-normalised.
-    tau1, tau2: temperatures, () or (B,). Pass the same tensor twice for a global temperature.
-    u1, u2: (B,) moving averages of these samples, nan for those that were never visited.
+    tau1, tau2: tensors () or (B,). Pass the same tensor twice for a global temperature.
+    u1, u2: (B,) moving averages of these samples, nan for those that were never visited (openclip
+    returns them unchanged).
     gamma: a number or (B,), in (0, 1].
     loss: (), half the objective (for openclip: the objective), so that all have MBCL's scale.
     The returned u1, u2 are to be kept until these samples are visited again.
@@ -152,8 +168,8 @@ def loss_by_definition(name, e1, e2, tau1, tau2, u1, u2, gamma, rho=6.5, eps=1e-
         text_loss = F.cross_entropy(s.T / tau2[:, None], positives)
         return (image_loss + text_loss) / 2, u1, u2
 
-    log1, u1 = log_average(s, tau1, u1, gamma, eps)  # image anchors, (B,)
-    log2, u2 = log_average(s.T, tau2, u2, gamma, eps)  # text anchors, (B,)
+    log1, u1 = log_u_with_gradient(s, tau1, u1, gamma, eps)  # image anchors, (B,)
+    log2, u2 = log_u_with_gradient(s.T, tau2, u2, gamma, eps)  # text anchors, (B,)
 
     if objective == "GCL":
         pairs = tau1 * log1 + tau2 * log2
@@ -164,7 +180,7 @@ def loss_by_definition(name, e1, e2, tau1, tau2, u1, u2, gamma, rho=6.5, eps=1e-
     return pairs.mean() / 2, u1, u2
 
 
-def log_average(s, tau, u, gamma, eps):
+def log_u_with_gradient(s, tau, u, gamma, eps):
     """log(eps + u) of B anchors, with the gradient of its estimator -> ((B,), new u (B,)).
 
     s: (B, B), anchors in rows and their positives on the diagonal. tau, u: (B,), u nan if new.
@@ -192,13 +208,12 @@ def log_average(s, tau, u, gamma, eps):
 class LossOutput(NamedTuple):
     """What one call of ContrastiveLoss gives back, for a rank's b pairs of the global batch."""
 
-    # (b, d), gradients of half the objective by this rank's features, see (3)
+    # (b, d), gradients of the training loss with respect to this rank's features, see (3)
     grad_image: torch.Tensor
     grad_text: torch.Tensor
-    # (), gradient by ln(1/tau), the same on all ranks; None if no global temperature is learned
+    # (), gradient with respect to ln(1/tau), equal on all ranks; None if no global tau is learned
     grad_logit_scale: torch.Tensor | None
-    # (), the objective over the global batch with u in place of g; the gradients are of half of it
-    # (openclip's: of all of it), so that all algorithms have MBCL's scale
+    # (), the objective over the global batch, with u in place of g
     objective: torch.Tensor
     # (), in-batch contrastive loss at TAU_REFERENCE
     mbcl: torch.Tensor
@@ -300,21 +315,21 @@ class ContrastiveLoss:
             )
 
         # 1. Gather the features of the global batch, and its rows of the state.
-        images, texts, s = self.gather(image_features, text_features)
+        image_sims, text_sims, s = self.gather(image_features, text_features)
         rows = lookup.finish()  # column name -> (B,)
         tau1, tau2 = self.temperatures(rows, logit_scale, B)  # (B,)
 
-        # 2. Contrast every anchor with its negatives: log g.
-        log_g1, log_g2, gap1, gap2, mbcl = self.contrast(images, texts, s, tau1, tau2)  # (B,)
+        # 2. Contrast every anchor with its negatives: log g, (B,).
+        log_g1, log_g2, gap1, gap2, mbcl = self.contrast(image_sims, text_sims, s, tau1, tau2)
 
         # 3. Moving average: log u. With it, all is known of the anchors of both sides.
         log_u1 = self.average(rows.get("log_u1"), log_g1, gamma)  # (B,)
         log_u2 = self.average(rows.get("log_u2"), log_g2, gamma)
-        anchors1 = self.anchors(tau1, log_u1, log_g1, gap1)
-        anchors2 = self.anchors(tau2, log_u2, log_g2, gap2)
+        anchors1 = self.describe_anchors(tau1, log_u1, log_g1, gap1)
+        anchors2 = self.describe_anchors(tau2, log_u2, log_g2, gap2)
 
         # 4. Feature gradients.
-        grad_image, grad_text = self.feature_gradients(images, texts, s, anchors1, anchors2)
+        grad_image, grad_text = self.feature_gradients(image_sims, text_sims, s, anchors1, anchors2)
 
         # 5. Temperature: the gradient of a global one, the next value of per-sample ones.
         grad_logit_scale = None
@@ -333,18 +348,19 @@ class ContrastiveLoss:
             objective=self.objective(anchors1, anchors2),
             mbcl=mbcl.mean(),
             tau=(tau1 + tau2).mean() / 2,
-            finite=torch.isfinite(s[images.local]),
+            # s_ii is not finite if a number of e1_i or e2_i is not.
+            finite=torch.isfinite(s[image_sims.local]),
             gamma=gamma.mean() if torch.is_tensor(gamma) else gamma,
         )
 
-    # Step 1
+    # Stage 1
 
     def gather(self, image_features, text_features):
-        """Step 1: send this rank's features, (b, 2d), to all ranks.
+        """Stage 1: send this rank's features, (b, 2d), to all ranks.
 
         A rank needs the similarities of its images with all texts and of its texts with all
         images. Its features are also negatives of remote anchors, but the gradient (3) needs only
-        tau, s_ii and v of those: numbers, which step 2 gathers. So the features travel once, and
+        tau, s_ii and v of those: numbers, which stage 2 gathers. So the features travel once, and
         nothing of size B x d ever travels back.
 
         -> similarities of this rank's images with all texts, those of its texts with all images
@@ -358,9 +374,9 @@ class ContrastiveLoss:
 
         tiles = self.tiles(len(E))
         s = torch.cat([(E1[tile] * E2[tile]).sum(1) for tile in tiles])  # (B,)
-        images = Similarities(e1, E2, tiles, self.has_positive)
-        texts = Similarities(e2, E1, tiles, self.has_positive)
-        return images, texts, s
+        image_sims = Similarities(e1, E2, tiles, self.has_positive)
+        text_sims = Similarities(e2, E1, tiles, self.has_positive)
+        return image_sims, text_sims, s
 
     def tiles(self, B):
         """The columns that are in memory at a time -> list of slices that cover range(B)."""
@@ -374,10 +390,10 @@ class ContrastiveLoss:
         tau = torch.exp(-logit_scale.detach()).to(self.state.table.dtype)  # ()
         return tau.expand(B), tau.expand(B)
 
-    # Step 2
+    # Stage 2
 
-    def contrast(self, images, texts, s, tau1, tau2):
-        """Step 2: contrast of every anchor with its negatives, as a logarithm that cannot overflow.
+    def contrast(self, image_sims, text_sims, s, tau1, tau2):
+        """Stage 2: contrast of every anchor with its negatives, in logarithms, without overflow.
 
             log g1_i = logsumexp_{j != i} (s_ij - s_ii) / tau1_i - log(B-1)     images
             log g2_i = logsumexp_{j != i} (s_ji - s_ii) / tau2_i - log(B-1)     texts
@@ -387,10 +403,10 @@ class ContrastiveLoss:
 
         -> log_g1, log_g2, gap1, gap2 (see Anchors) and the in-batch MBCL at TAU_REFERENCE, (B,).
         """
-        local = images.local
+        local = image_sims.local
         log_n = self.log_n(len(s))
-        log_g1, gap1, mbcl1 = contrast_local_anchors(images, s[local], tau1[local])  # (b,)
-        log_g2, gap2, mbcl2 = contrast_local_anchors(texts, s[local], tau2[local])  # (b,)
+        log_g1, gap1, mbcl1 = contrast_local_anchors(image_sims, s[local], tau1[local])  # (b,)
+        log_g2, gap2, mbcl2 = contrast_local_anchors(text_sims, s[local], tau2[local])  # (b,)
 
         log_g1 = log_g1 - log_n  # of the sum -> of the mean
         log_g2 = log_g2 - log_n
@@ -403,49 +419,51 @@ class ContrastiveLoss:
         """Logarithm of the number of negatives in the mean g; 0 for MBCL, which is a sum."""
         return 0.0 if self.has_positive else math.log(B - 1)
 
-    # Step 3
+    # Stage 3
 
     def average(self, log_u, log_g, gamma):
-        """Step 3: log u of the global batch after this visit, (B,), for one side; equation (1).
+        """Stage 3: log u of the global batch after this visit, (B,), for one side; equation (1).
 
         log_u: (B,) before this visit, -inf for a first one (None without state). log_g: (B,).
-        An algorithm whose gamma is a function of u or g per sample computes it here.
+        An algorithm whose gamma is a function of u or g per sample computes it here, and may call
+        log_moving_average if it knows gamma as a logarithm.
         """
         if not self.algorithm.state:
             return log_g
         return moving_average(log_u, log_g, gamma)
 
-    def anchors(self, tau, log_u, log_g, gap):
-        """What steps 4 and 5 need of one side -> Anchors."""
+    def describe_anchors(self, tau, log_u, log_g, gap):
+        """What stages 4 and 5 need of one side -> Anchors."""
         log_v = log_add(log_u, self.log_eps)
         ratio = torch.exp(log_g - log_v)
         return Anchors(tau, log_u, log_v, ratio, gap)
 
-    # Step 4
+    # Stage 4
 
-    def feature_gradients(self, images, texts, s, anchors1, anchors2):
-        """Step 4: gradients of half the objective by this rank's features, (b, d) each.
+    def feature_gradients(self, image_sims, text_sims, s, anchors1, anchors2):
+        """Stage 4: gradients of the training loss w.r.t. this rank's features, (b, d) each.
 
-        With the weights of the negatives, for j != i,
+        With the weights of the negatives, for j != i (MBCL: for all j, without B-1, with v = g),
 
             P1_ij = exp((s_ij - s_ii) / tau1_i) / ((B-1) v1_i)
             P2_ij = exp((s_ji - s_ii) / tau2_i) / ((B-1) v2_i)       W = c P                 (2)
 
         and r_i = sum_j (W1_ij + W2_ij), the gradients are
 
-            image i:  K/2B [ sum_j (W1_ij + W2_ji) e2_j - r_i e2_i ]
-            text j:   K/2B [ sum_i (W1_ij + W2_ji) e1_i - r_j e1_j ]                         (3)
+            image i:  K/(2B) [ sum_j (W1_ij + W2_ji) e2_j - r_i e2_i ]
+            text j:   K/(2B) [ sum_i (W1_ij + W2_ji) e1_i - r_j e1_j ]                       (3)
 
         The factor K makes the *mean* over the ranks of the parameters' gradients the gradient of
         the global batch.
         """
-        local = images.local
+        local = image_sims.local
         tau1 = anchors1.tau
         tau2 = anchors2.tau
         c1 = self.feature_factor(tau1)  # (B,)
         c2 = self.feature_factor(tau2)
 
-        # (2) in the form W_ij = exp(s_ij / tau_i - z_i), with z known for every anchor.
+        # (2) in the form W_ij = exp(s_ij / tau_i - z_i): for W of a remote anchor, a rank needs
+        # only its tau and z.
         log_n = self.log_n(len(s))
         z1 = s / tau1 + anchors1.log_v + log_n - c1.log()  # (B,)
         z2 = s / tau2 + anchors2.log_v + log_n - c2.log()
@@ -453,10 +471,12 @@ class ContrastiveLoss:
         r = r[local, None]  # (b, 1)
 
         scale = dist.world_size() / (2 * len(s))
-        image_sum = weighted_sum(images, tau1[local], z1[local], tau2, z2)  # (b, d)
-        text_sum = weighted_sum(texts, tau2[local], z2[local], tau1, z1)  # (b, d)
-        grad_image = (image_sum - r * texts.anchors) * scale  # (3)
-        grad_text = (text_sum - r * images.anchors) * scale  # (3)
+        image_sum = weighted_sum(image_sims, tau1[local], z1[local], tau2, z2)  # (b, d)
+        text_sum = weighted_sum(text_sims, tau2[local], z2[local], tau1, z1)  # (b, d)
+        e1 = image_sims.features  # (b, d)
+        e2 = text_sims.features  # (b, d)
+        grad_image = (image_sum - r * e2) * scale  # (3)
+        grad_text = (text_sum - r * e1) * scale  # (3)
         return grad_image, grad_text
 
     def feature_factor(self, tau):
@@ -465,10 +485,10 @@ class ContrastiveLoss:
             return 1 / tau
         return torch.ones_like(tau)
 
-    # Step 5
+    # Stage 5
 
     def global_tau_gradient(self, anchors1, anchors2):
-        """Step 5, global temperature: gradient of half the objective by ln(1/tau), ().
+        """Stage 5, global temperature: gradient of the training loss w.r.t. ln(1/tau), ().
 
             h_i = d log(eps + g_i) / d tau at g = u, see tau_slope
             MBCL, GCL/tau:  d/dtau = kappa mean_i (h1_i + h2_i)
@@ -491,7 +511,7 @@ class ContrastiveLoss:
         return -tau * grad_tau
 
     def step_sample_tau(self, rows, anchors1, anchors2, epoch, lr_tau):
-        """Step 5, per-sample temperature: one step of Adam -> {column: its new values (B,)}.
+        """Stage 5, per-sample temperature: one step of Adam -> {column: its new values (B,)}.
 
         The gradient of sample i's own term of RGCL is, for each side,
 
@@ -504,24 +524,23 @@ class ContrastiveLoss:
             beta1 = 0.0
             beta2 = 0.0
 
-        t = visits
+        count = visits
         if self.departs("bias"):
-            t = torch.full_like(visits, int(epoch) + 1)
+            count = torch.full_like(visits, int(epoch) + 1)
 
         new = {"visits": visits}
         for side, anchors in (("1", anchors1), ("2", anchors2)):
             grad = anchors.log_v + self.rho + anchors.tau * tau_slope(anchors)  # (5)
             grad = grad.clamp(-5, 5)
 
-            m = beta1 * rows["m" + side] + (1 - beta1) * grad
-            v = beta2 * rows["v" + side] + (1 - beta2) * grad**2
-            unbiased_m = m / (1 - beta1**t)
-            unbiased_v = v / (1 - beta2**t)
-            step = unbiased_m / (unbiased_v.sqrt() + 1e-8)
-            tau = anchors.tau - lr_tau * step
+            moment1 = beta1 * rows["m" + side] + (1 - beta1) * grad
+            moment2 = beta2 * rows["v" + side] + (1 - beta2) * grad**2
+            unbiased1 = moment1 / (1 - beta1**count)
+            unbiased2 = moment2 / (1 - beta2**count)
+            tau = anchors.tau - lr_tau * (unbiased1 / (unbiased2.sqrt() + 1e-8))
 
-            new["m" + side] = m
-            new["v" + side] = v
+            new["m" + side] = moment1
+            new["v" + side] = moment2
             new["tau" + side] = tau.clamp(TAU_MIN, TAU_MAX)
         return new
 
@@ -546,8 +565,8 @@ class Similarities:
 
     Iterating yields (columns, block): a slice of the candidates, and s_ij with these, (b, tile).
 
-    Memory: a step goes through the (b, B) similarities twice, once for log g (step 2) and once for
-    the gradient (step 4). A single tile is kept in between. Several tiles are computed again, so
+    Memory: a step goes through the (b, B) similarities twice, once for log g (stage 2) and once for
+    the gradient (stage 4). A single tile is kept in between. Several tiles are computed again, so
     that memory is O(b tile), at the price of six matrix products in a step instead of four.
     """
 
@@ -555,13 +574,13 @@ class Similarities:
     # and 0 times it is 0 (which is not so for -inf).
     EXCLUDED = -1e30
 
-    def __init__(self, anchors, candidates, tiles, has_positive):
-        """anchors: (b, d), this rank's. candidates: (B, d), the other side's of all ranks.
+    def __init__(self, features, candidates, tiles, has_positive):
+        """features: (b, d), of this rank's anchors. candidates: (B, d), of the other side.
 
         tiles: slices that cover range(B). has_positive: does j = i count?
         """
-        b = len(anchors)
-        self.anchors = anchors
+        b = len(features)
+        self.features = features
         self.candidates = candidates
         self.tiles = tiles
         self.has_positive = has_positive
@@ -578,7 +597,7 @@ class Similarities:
 
     def block(self, columns):
         """s_ij of all anchors with some candidates, (b, tile)."""
-        block = self.anchors @ self.candidates[columns].T
+        block = self.features @ self.candidates[columns].T
         if not self.has_positive:
             # The positives lie on a diagonal, of which this block may hold a part or nothing.
             block.diagonal(self.local.start - columns.start).fill_(self.EXCLUDED)
@@ -600,7 +619,7 @@ def contrast_local_anchors(similarities, s, tau):
     top = s.new_full(s.shape, -math.inf)
     total = 0.0  # sum_j w_ij
     weighted = 0.0  # sum_j w_ij s_ij
-    reference = 0.0  # sum_j exp(s_ij / TAU_REFERENCE); exponents stay below 15
+    reference = 0.0  # sum_j exp(s_ij / TAU_REFERENCE); s <= 1, so no exponent exceeds 14.3
     for _, block in similarities:
         reference = reference + (block / TAU_REFERENCE).exp_().sum(1)
 
@@ -626,7 +645,7 @@ def weighted_sum(similarities, tau, z, tau_candidates, z_candidates):
     W'_ji = exp(s_ij / tau_j - z_j)     candidate j as an anchor of the other side, against
                                         sample i; tau_candidates, z_candidates: (B,)
     """
-    out = torch.zeros_like(similarities.anchors)
+    out = torch.zeros_like(similarities.features)
     for columns, block in similarities:
         W = (block / tau[:, None]).sub_(z[:, None]).exp_()  # (b, tile)
         W += (block / tau_candidates[columns]).sub_(z_candidates[columns]).exp_()

@@ -1,7 +1,7 @@
 """Train CLIP with one of seven contrastive algorithms.
 
 `train_step` is Algorithm 1 of FastCLIP (arXiv 2407.01445), `build` makes everything that it needs,
-`main` is the life of a run.
+`main` is the life of a run. Here and in optim.py, t is the Trainer and c the Config.
 
     python train.py configs/emoji_v3.py                         one process, on a GPU if any
     torchrun --nproc_per_node 8 train.py configs/cc12m_v3.py    one node with 8 GPUs
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import runtime  # noqa: F401  isort: skip (before torch: it says how torch's threads wait)
+import runtime  # noqa: F401  isort: skip (it must set GOMP_SPINCOUNT before torch is loaded)
 import torch
 
 import config as configs
@@ -34,7 +34,7 @@ class Trainer:
     device: torch.device
     dtype: torch.dtype  # in which the towers compute
     model: models.CLIP
-    loss: losses.ContrastiveLoss  # with the u-state
+    loss: losses.ContrastiveLoss  # with the u-state: a table of u (and tau) per sample
     optimizer: torch.optim.Optimizer
     reducer: dist.GradReducer
     scaler: torch.amp.GradScaler  # enabled with float16 only
@@ -44,7 +44,7 @@ class Trainer:
 
     @property
     def may_skip(self):
-        """Whether steps that are not finite are left out. A float16 scaler finds its scale so."""
+        """Whether non-finite steps are left out. So does a float16 scaler, to find its scale."""
         return self.config.skip_nonfinite or self.scaler.is_enabled()
 
     def flops(self):
@@ -66,7 +66,7 @@ def train_step(t, batch, step):
     t.reducer.zero()
 
     # The u-state of the global batch. Its look-up is under way while the towers run.
-    rows = t.loss.lookup(batch.ids)
+    lookup = t.loss.lookup(batch.ids)
 
     # Features e1 (images) and e2 (texts) of this rank's samples.
     pieces = micro_batches(batch, t.config.micro_batch)
@@ -74,9 +74,9 @@ def train_step(t, batch, step):
     e1 = torch.cat([image for image, _ in features])  # (b, d)
     e2 = torch.cat([text for _, text in features])  # (b, d)
 
-    # Gather the features, contrast them, update u; gradients by the features and by tau.
+    # Gather the features, contrast them, update u; gradients w.r.t. the features and tau.
     epoch = step // t.steps_per_epoch
-    out = t.loss(e1, e2, t.model.logit_scale, rows, gamma, epoch, lr_tau)
+    out = t.loss(e1, e2, t.model.logit_scale, lookup, gamma, epoch, lr_tau)
 
     # Back through the towers. Full gradient buckets are all-reduced meanwhile.
     backward(t, pieces, features, out)
