@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 class Config:
     # ---- the method (loss.py, optim.py) ----
 
-    # One of the algorithms in loss.py's table: openclip, sogclr, isogclr, fastclip-v0 to -v3.
+    # A name in the table ALGORITHMS of loss.py: openclip, sogclr, isogclr, fastclip-v0 to -v3.
     algorithm: str = "fastclip-v3"
     # The paper's equations, or those of the code that made its published numbers.
     equations: Literal["paper", "release"] = "paper"
@@ -40,7 +40,7 @@ class Config:
     eps_u: float = 1e-14
     # Inner learning rate gamma: its constant, or where its cosine ends. Large in short runs.
     gamma_min: float = 0.2
-    # auto: constant for sogclr and isogclr, cosine for v0 to v3.
+    # auto: the usual one of the algorithm, constant for sogclr and isogclr, cosine for v0 to v3.
     gamma_schedule: Literal["auto", "constant", "cosine"] = "auto"
     # Epochs until gamma reaches gamma_min; 0: half of the epochs.
     gamma_decay_epochs: float = 0.0

@@ -1,4 +1,4 @@
-"""Seven contrastive losses for CLIP (FastCLIP, arXiv 2407.01445), in three chapters.
+"""The contrastive losses for CLIP of FastCLIP (arXiv 2407.01445) and its kin, in three chapters.
 
 1. Definition: `loss_by_definition`, the losses as they are written on paper, on one process,
    differentiated by autograd.
@@ -63,11 +63,13 @@ class Algorithm(NamedTuple):
     tau: str  # "global" or "sample"
     learned: bool  # is tau learned?
     c: str  # factor of (2): d(s/tau)/ds = 1/tau, times the objective's factor tau if it has one
-    gamma: str  # usual schedule of gamma, see optim.py; unused without state
-    lr_tau: str  # usual schedule of tau's learning rate, see optim.py; unused if not learned
+    gamma: str  # usual schedule of gamma, "constant" or "cosine"; unused without state
+    lr_tau: str  # usual schedule of tau's learning rate: "constant", "cosine" or "threshold"
 
 
-# The only list of the algorithms: a new row is a new value of `algorithm` in the config.
+# The only list of the algorithms: a new row is a new value of `algorithm` in the config. What a row
+# cannot say goes into ContrastiveLoss (the five stages), and into the definitions that the tests
+# compare it with: log_u_with_gradient below, Loops in tests/test_loss.py.
 # fmt: off
 ALGORITHMS = {
     #                        loss       state  tau       learned  c        gamma       lr_tau
@@ -221,7 +223,7 @@ class LossOutput(NamedTuple):
     tau: torch.Tensor
     # (b,) bool, are the features of this rank's samples finite?
     finite: torch.Tensor
-    # weight of the new g in (1) that this step used (per-sample: the batch's mean)
+    # a number or (), mean weight of the new g in (1) that this step used; 1 without state
     gamma: float | torch.Tensor
 
 
@@ -236,7 +238,7 @@ class Anchors(NamedTuple):
 
 
 class ContrastiveLoss:
-    """One of the seven algorithms, with its state. It needs no model: features, sample ids and
+    """One of the algorithms, with its state. It needs no model: features, sample ids and
     gamma go in, gradients come out.
 
         lookup = loss.lookup(ids)           # asynchronous: call it before the towers run
@@ -323,8 +325,8 @@ class ContrastiveLoss:
         log_g1, log_g2, gap1, gap2, mbcl = self.contrast(image_sims, text_sims, s, tau1, tau2)
 
         # 3. Moving average: log u. With it, all is known of the anchors of both sides.
-        log_u1 = self.average(rows.get("log_u1"), log_g1, gamma)  # (B,)
-        log_u2 = self.average(rows.get("log_u2"), log_g2, gamma)
+        log_u1, gamma1 = self.average(rows.get("log_u1"), log_g1, gamma)  # (B,), ()
+        log_u2, gamma2 = self.average(rows.get("log_u2"), log_g2, gamma)
         anchors1 = self.describe_anchors(tau1, log_u1, log_g1, gap1)
         anchors2 = self.describe_anchors(tau2, log_u2, log_g2, gap2)
 
@@ -350,7 +352,7 @@ class ContrastiveLoss:
             tau=(tau1 + tau2).mean() / 2,
             # s_ii is not finite if a number of e1_i or e2_i is not.
             finite=torch.isfinite(s[image_sims.local]),
-            gamma=gamma.mean() if torch.is_tensor(gamma) else gamma,
+            gamma=(gamma1 + gamma2) / 2,
         )
 
     # Stage 1
@@ -422,15 +424,17 @@ class ContrastiveLoss:
     # Stage 3
 
     def average(self, log_u, log_g, gamma):
-        """Stage 3: log u of the global batch after this visit, (B,), for one side; equation (1).
+        """Stage 3: equation (1) for one side -> (log u (B,) after this visit, mean gamma ()).
 
         log_u: (B,) before this visit, -inf for a first one (None without state). log_g: (B,).
-        An algorithm whose gamma is a function of u or g per sample computes it here, and may call
-        log_moving_average if it knows gamma as a logarithm.
+        gamma: as in __call__. An algorithm whose gamma is a function of u or g per sample computes
+        it here; it may call log_moving_average if it knows gamma as a logarithm, and returns the
+        mean gamma that it used, for the log.
         """
         if not self.algorithm.state:
-            return log_g
-        return moving_average(log_u, log_g, gamma)
+            return log_g, 1.0
+        mean_gamma = gamma.mean() if torch.is_tensor(gamma) else gamma
+        return moving_average(log_u, log_g, gamma), mean_gamma
 
     def describe_anchors(self, tau, log_u, log_g, gap):
         """What stages 4 and 5 need of one side -> Anchors."""

@@ -11,6 +11,7 @@ import math
 import torch
 
 import model as models
+from config import ConfigError
 from loss import TAU_MAX, TAU_MIN, get_algorithm
 
 # Schedule "threshold" (FastCLIP-v3): while tau is at or below this, its learning rate is a third.
@@ -155,6 +156,8 @@ def gamma(config, step, steps_per_epoch, total_steps):
         schedule = algorithm.gamma
     if schedule == "constant":
         return config.gamma_min
+    if schedule != "cosine":
+        raise ConfigError(f"gamma_schedule = {schedule!r} is neither 'constant' nor 'cosine'")
 
     decay_epochs = config.gamma_decay_epochs or total_steps / steps_per_epoch / 2
     epoch = step / steps_per_epoch

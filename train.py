@@ -1,4 +1,4 @@
-"""Train CLIP with one of seven contrastive algorithms.
+"""Train CLIP with one of the contrastive algorithms in loss.py.
 
 `train_step` is Algorithm 1 of FastCLIP (arXiv 2407.01445), `build` makes everything that it needs,
 `main` is the life of a run. Here and in optim.py, t is the Trainer and c the Config.
@@ -156,11 +156,11 @@ def build(c, num_samples, steps_per_epoch, total_steps, device):
     loss = losses.ContrastiveLoss(
         c.algorithm,
         num_samples,
-        c.equations,
-        c.rho,
-        c.eps_u,
-        c.tau_init,
-        device,
+        equations=c.equations,
+        rho=c.rho,
+        eps_u=c.eps_u,
+        tau_init=c.tau_init,
+        device=device,
         tile=c.loss_tile,
     )
 
@@ -202,16 +202,16 @@ def main(argv):
             order,
             t.model.image_size,
             t.model.context_length,
-            c.crop_scale,
-            c.caption_key,
-            dist.rank(),
-            dist.world_size(),
-            c.workers,
-            job.device,
+            crop_scale=c.crop_scale,
+            caption_key=c.caption_key,
+            caption_lines=c.caption_lines,
+            decoder=c.decoder,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            workers=c.workers,
+            device=job.device,
             start_step=step,
             num_steps=total_steps,
-            decoder=c.decoder,
-            caption_lines=c.caption_lines,
         )
         job.start(t, index, step, evaluation.evaluate)
 

@@ -429,7 +429,7 @@ def progress_line(row):
         f"objective {row['objective']:.4f}",
         f"mbcl {row['mbcl']:.3f}",
         f"tau {row['tau']:.4f}",
-        f"gamma {row['gamma']:.2f}",
+        f"gamma {row['gamma']:.4g}",
         f"lr {row['lr']:.1e}",
         f"{speed:.0f} samples/s ({speed / dist.world_size():.0f} per rank)",
         f"mfu {row['mfu']:.0%}",

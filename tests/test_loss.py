@@ -488,14 +488,16 @@ def test_an_algorithm_may_compute_gamma_per_sample():
         def average(self, log_u, log_g, gamma):
             log_gamma = F.logsigmoid(log_u + 10)
             log_keep = F.logsigmoid(-log_u - 10)
-            return losses.log_moving_average(log_u, log_g, log_keep, log_gamma)
+            log_u = losses.log_moving_average(log_u, log_g, log_keep, log_gamma)
+            return log_u, log_gamma.exp().mean()
 
     loss = GammaOfU("fastclip-v3", N, "paper", RHO, EPS, dtype=torch.float64)
     e1, e2, ids = batch(0)
     log_scale = -global_tau(0).log()
     loss(e1, e2, log_scale, loss.lookup(ids))
-    first = loss.state.table[ids, 0].exp()
-    loss(e1.flip(0), e2, log_scale, loss.lookup(ids))
+    first_table = loss.state.table[ids]
+    first = first_table[:, 0].exp()
+    out = loss(e1.flip(0), e2, log_scale, loss.lookup(ids))
     second = loss.state.table[ids, 0].exp()
 
     plain = ContrastiveLoss("fastclip-v3", N, "paper", RHO, EPS, dtype=torch.float64)
@@ -503,6 +505,11 @@ def test_an_algorithm_may_compute_gamma_per_sample():
     g = plain.state.table[ids, 0].exp()
     gamma = torch.sigmoid(first.log() + 10)
     torch.testing.assert_close(second, (1 - gamma) * first + gamma * g, rtol=1e-9, atol=0)
+
+    # The log gets the mean over both sides of what was used, and nothing of the argument.
+    first_u2 = first_table[:, 1].exp()
+    used = (gamma + torch.sigmoid(first_u2.log() + 10)) / 2
+    torch.testing.assert_close(out.gamma, used.mean(), rtol=1e-9, atol=0)
 
 
 # Tiles, memory --------------------------------------------------------------------------------
