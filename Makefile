@@ -35,7 +35,7 @@ soak: .venv/data .venv/test
 	$(RUN) -m tools.prepare emoji
 	$(RUN) tests/soak.py stall
 	$(RUN) tests/soak.py kills
-	$(RUN) tests/soak.py memory
+	$(RUN) tests/soak.py memory --steps=2500
 
 clean:
 	rm -rf .venv

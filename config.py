@@ -114,7 +114,7 @@ class Config:
     micro_batch: int = 0
     # Passes over the data.
     epochs: float = 30.0
-    # End after this many steps, schedules too; 0: epochs decide.
+    # End, schedules too, after this many steps if the epochs are not over before; 0: epochs decide.
     max_steps: int = 0
 
     # ---- the optimizer (optim.py) ----
@@ -167,9 +167,9 @@ class Config:
     skip_nonfinite: bool = False
     # A row of metrics.jsonl every so many steps.
     log_steps: int = 10
-    # Also write TensorBoard events to out_dir.
+    # Also write TensorBoard events to out_dir (pip install tensorboard).
     tensorboard: bool = False
-    # Also log to this Weights & Biases project.
+    # Also log to this Weights & Biases project (pip install wandb).
     wandb: str = ""
     # Print what this config would do, and stop.
     plan: bool = False
@@ -236,7 +236,8 @@ def load(argv):
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             if not equals:
-                raise ConfigError(f"{word}: write --key=value, for example --{key}=...")
+                example = "True" if HINTS.get(key) is bool else "..."
+                raise ConfigError(f"{word}: write --key=value, for example --{key}={example}")
             values[key] = parse(text)
         elif i == 0:
             values = read(word)
@@ -352,6 +353,8 @@ def admits(option, value):
 
 
 def describe(option):
+    if option is bool:
+        return "True or False"
     return option.__name__ if isinstance(option, type) else repr(option)
 
 

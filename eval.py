@@ -28,6 +28,10 @@ from ingest.evaluation import class_list, read_samples
 from ingest.tokenizer import Tokenizer
 from runtime import checkpoint, hardware, ranks
 
+USAGE = """usage: python eval.py RUN_OR_CHECKPOINT [--key=value ...]
+the options are those of train.py; here matter --eval_data, --eval_batch, --caption_key, --out_dir,
+--workers, --precision and --device"""
+
 QUERIES_AT_ONCE = 1024  # whose similarities to all targets are in memory together
 QUERIES_SHOWN = 8  # rows of the picture
 IMAGES_SHOWN = 5  # beside each query
@@ -411,6 +415,11 @@ def table(results):
 def find_checkpoint(path):
     """A run's folder, or a checkpoint's -> the folder of the checkpoint to evaluate."""
     is_run = os.path.isdir(os.path.join(path, "checkpoints"))
+    if not is_run and not os.path.exists(os.path.join(path, "model.pt")):
+        raise ConfigError(
+            f"{path!r} is neither a run (runs/NAME) nor a checkpoint of one "
+            "(runs/NAME/checkpoints/step-00001000)"
+        )
     where = configs.Config(out_dir=path, resume="auto" if is_run else path)
     folder = checkpoint.find(where, names=("model.pt", "train.pt"))
     if not folder:
@@ -436,8 +445,11 @@ def load_config(folder, argv):
 
 
 def main(argv):
-    if not argv or argv[0] in ("-h", "--help"):
-        raise ConfigError("usage: python eval.py CHECKPOINT_OR_RUN_FOLDER [--key=value ...]")
+    if argv[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    if not argv or argv[0].startswith("--"):
+        raise ConfigError(f"a folder comes first\n{USAGE}")
     folder = find_checkpoint(argv[0])
     c = load_config(folder, argv)
 

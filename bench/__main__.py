@@ -13,7 +13,7 @@
     python -m bench plan
         the time of a step predicted, checked against a real run, and projected over nodes
     python -m bench all
-        all of it, for the README: half an hour on two cores; on GPUs at their sizes
+        all of it, for docs/performance.md: 22 minutes on two quiet cores; on GPUs at their sizes
 
 How it measures:
 * Each side has a fresh process of its own, in which its memory is measured: on a GPU the
@@ -149,7 +149,9 @@ def parse(argv):
 
 def parser():
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Ours beside open_clip: speed, memory, bytes."
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common_options(parser)
     add_step_options(parser.add_argument_group("step"))

@@ -152,7 +152,8 @@ class Job:
             )
         if step > t.total_steps:
             raise ConfigError(
-                f"{self.start_from} is at step {step}, this run ends at step {t.total_steps}: "
+                f"{self.start_from} is at step {step}, this run ends at step {t.total_steps} "
+                f"(epochs = {self.config.epochs:g}, max_steps = {self.config.max_steps}): "
                 "raise max_steps or epochs, or start from an earlier one"
             )
         dist.check_same_weights(t.model)
@@ -334,5 +335,6 @@ def check_batch_size(c, world_size):
     if c.batch_size % parts:
         micro = f" x micro_batch = {c.micro_batch}" if c.micro_batch else ""
         raise ConfigError(
-            f"batch_size = {c.batch_size} must be a multiple of {world_size} ranks{micro}, {parts}"
+            f"batch_size = {c.batch_size} must be a multiple of {world_size} ranks{micro}, that is "
+            f"of {parts}"
         )

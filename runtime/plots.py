@@ -107,9 +107,11 @@ def running_mean(values, width):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Curves of one or many runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime.plots", description="Curves of one or many runs."
+    )
     parser.add_argument("runs", nargs="+", help="run folders, each with a metrics.jsonl")
-    parser.add_argument("--out", default="curves.png")
+    parser.add_argument("--out", default="curves.png", help="the picture (default: %(default)s)")
     arguments = parser.parse_args(argv)
 
     missing = []

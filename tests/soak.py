@@ -1,13 +1,11 @@
 """What takes too long for `make test`: many kills, a search for leaks, and the cost of saving.
 
-    python tests/soak.py kills [--kills=50]     2 ranks under torchrun, killed at random moments;
-    the run
-                                                must end as if it had never been killed
-    python tests/soak.py memory [--steps=4000]  the emoji set with workers; memory and open files of
-                                                every process must not grow
-    python tests/soak.py stall                  a ViT-B-32 and its AdamW moments (1.8 GB), saved
-    in the
-                                                background and at once
+    python tests/soak.py kills [--kills=50]
+        2 ranks under torchrun, killed at random moments: the run must end as if it never had been
+    python tests/soak.py memory [--steps=4000]
+        the emoji set with workers: memory and open files of every process must not grow
+    python tests/soak.py stall
+        a ViT-B-32 and its AdamW moments (1.9 GB), saved in the background and at once
 
 Each part adds its figures to assets/soak.json, and ends with status 1 if what must hold does not.
 `make soak` runs all three.

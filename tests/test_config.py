@@ -54,7 +54,7 @@ def test_the_papers_figures():
         (["--batchsize=8"], "did you mean 'batch_size'"),
         (["--lr=fast"], "lr = 'fast' is of type str; it must be float"),
         (["--batch_size=1.5"], "batch_size = 1.5 is of type float; it must be int"),
-        (["--compile=1"], "must be bool or 'auto'"),
+        (["--compile=1"], "must be True or False or 'auto'"),
         (["--lr"], "write --key=value"),
         (["no_such.py"], "no config file 'no_such.py'"),
         (["--batch_size=10", "--lanes=4"], "lanes = 4 does not divide batch_size = 10"),
