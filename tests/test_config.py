@@ -7,7 +7,7 @@ import pytest
 import config
 from config import ConfigError
 from conftest import ROOT
-from tools.imports import dot, import_graph, without_shortcuts
+from tools.imports import dot, import_graph, modules, without_shortcuts
 
 PAPER = [
     f"{d}_{a}"
@@ -153,3 +153,16 @@ def test_the_drawing_of_imports_is_the_present_one():
         "run: python -m tools.imports > docs/imports.dot && "
         "dot -Tsvg docs/imports.dot -o docs/imports.svg"
     )
+
+
+def test_the_maps_of_files_are_complete():
+    """README names the files at the top level, docs/files.md those in the folders."""
+    with open(os.path.join(ROOT, "README.md")) as f:
+        readme = f.read()
+    with open(os.path.join(ROOT, "docs", "files.md")) as f:
+        files = f.read()
+
+    for name in modules():
+        folder, _, file = name.rpartition(".")
+        if folder in ("", "runtime", "ingest", "bench") and not file.startswith("__"):
+            assert f"`{file}.py`" in (files if folder else readme), f"{name} is in no map"
