@@ -448,7 +448,7 @@ def groups_to_decode(jpegs, boxes):
 
 
 def crop_on_device(image, box, size):
-    """A decoded image uint8 (3, h, w) -> its crop, float [3, size, size], whole numbers 0..255."""
+    """A decoded image uint8 (3, h, w) -> its crop, float (3, size, size), integers 0..255."""
     bottom = box.top + box.height
     right = box.left + box.width
     crop = image[None, :, box.top : bottom, box.left : right].float()  # CUDA resizes only floats

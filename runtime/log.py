@@ -362,7 +362,7 @@ class MetricsFile:
         self.path = path
         self.unwritten = b""
         drop_rows_after(path, step)
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self.file = open(path, "ab", buffering=0)
 
     def append(self, row):
         """Write {key: value}; NaN becomes null, as JSON has none. What finds no room waits."""
