@@ -44,7 +44,7 @@ class Trainer:
 
     @property
     def may_skip(self):
-        """Whether non-finite steps are left out. So does a float16 scaler, to find its scale."""
+        """Whether a non-finite step is left out: a float16 scaler needs it to find its scale."""
         return self.config.skip_nonfinite or self.scaler.is_enabled()
 
     def flops(self):
