@@ -12,6 +12,7 @@ import model as models
 from towers import TINY, TINY_TEXT, captions, perturb, pictures, tiny, tiny_batch
 
 open_clip = pytest.importorskip("open_clip")
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = list(models.MODELS)
 
 

@@ -16,6 +16,8 @@ from config import Config
 from runtime import hardware
 from towers import captions, pictures, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Lengths of the captions of a batch, for tiny models: at most 20 tokens.
 LENGTHS = {
     "all lengths": list(range(2, 21)),
