@@ -358,9 +358,12 @@ def describe(option):
     return option.__name__ if isinstance(option, type) else repr(option)
 
 
-def nearest(word, words):
-    """ "; did you mean 'lr'?" for the word that is spelt most alike, "" if none is."""
-    found = difflib.get_close_matches(word, words, 1)
+def nearest(word, words, cutoff=0.6):
+    """A hint for an error message: "; did you mean 'lr'?" for the word spelt most alike, or "".
+
+    cutoff: how much alike, from 0 to 1 (difflib.get_close_matches).
+    """
+    found = difflib.get_close_matches(word, words, 1, cutoff)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -37,7 +37,6 @@ Equations: (1) log_u_with_gradient and moving_average, (2) and (3) feature_gradi
 (4) global_tau_gradient, (5) step_sample_tau.
 """
 
-import difflib
 import math
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ import torch
 import torch.nn.functional as F
 
 import dist
-from config import ConfigError
+from config import ConfigError, nearest
 
 # Every temperature is kept in this range.
 TAU_MIN = 0.01
@@ -120,11 +119,9 @@ def get_algorithm(name):
     if name in ALGORITHMS:
         return ALGORITHMS[name]
 
-    message = f"unknown algorithm {name!r}"
-    nearest = difflib.get_close_matches(str(name), ALGORITHMS, n=1, cutoff=0.3)
-    if nearest:
-        message += f"; did you mean {nearest[0]!r}?"
-    raise ConfigError(f"{message} (loss.py has {', '.join(ALGORITHMS)})")
+    hint = nearest(str(name), ALGORITHMS, cutoff=0.3)
+    names = ", ".join(ALGORITHMS)
+    raise ConfigError(f"unknown algorithm {name!r}{hint} (loss.py has {names})")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ shapes and initial distributions of all parameters are OpenCLIP's, so that
 
 import contextlib
 import copy
-import difflib
 import inspect
 import math
 from collections import OrderedDict
@@ -37,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import ConfigError
+from config import ConfigError, nearest
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -524,7 +523,7 @@ class TimmTower(nn.Module):
         import timm  # here, because the other towers do without it
 
         if not timm.is_model(name):
-            hint = nearest(name, timm.list_models())
+            hint = nearest(name, timm.list_models(), cutoff=0.5)
             raise ConfigError(f"timm {timm.__version__} has no model {name!r}{hint}")
 
         self.trunk = timm.create_model(name, num_classes=0)
@@ -730,13 +729,14 @@ def resolve_numbers(name, overrides):
         numbers = dict(embed_dim=512, image_size=None, **TEXT)
     else:
         names = ", ".join(MODELS)
-        hint = nearest(name, MODELS)
+        hint = nearest(name, MODELS, cutoff=0.5)
         raise ConfigError(f"unknown model {name!r}{hint}; there are {names} and timm:NAME")
 
     for key, value in overrides.items():
         if key not in numbers:
             keys = ", ".join(numbers)
-            raise ConfigError(f"{name} has no number {key!r}{nearest(key, numbers)}; it has {keys}")
+            hint = nearest(key, numbers, cutoff=0.5)
+            raise ConfigError(f"{name} has no number {key!r}{hint}; it has {keys}")
         check_number(name, key, value, numbers[key])
         numbers[key] = value
     return numbers
@@ -769,12 +769,6 @@ def divide(a, b, rule):
     if a % b:
         raise ConfigError(f"{rule}, but {a} = {b} * {a // b} + {a % b}")
     return a // b
-
-
-def nearest(word, words):
-    """A hint for an error message: the one of `words` that was probably meant, or nothing."""
-    found = difflib.get_close_matches(word, words, 1, cutoff=0.5)
-    return f", did you mean {found[0]!r}?" if found else ""
 
 
 # ---- What a model costs ----

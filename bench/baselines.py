@@ -144,7 +144,7 @@ class Trainer:
 
         torch.manual_seed(0)
         model = create_model(args.model, args.numbers, code.package).to(device)
-        self.buffer_bytes = sum(x.numel() * x.element_size() for x in model.buffers())
+        self.buffer_bytes = sum(dist.num_bytes(x) for x in model.buffers())
 
         self.optimizer = create_optimizer(model)
         self.scaler = torch.amp.GradScaler(device.type) if args.precision == "fp16" else None
@@ -387,7 +387,7 @@ def count_calls(name, traffic, purpose, bytes_sent):
 def size_of(x):
     """The bytes of a tensor, or of a sequence of them."""
     if isinstance(x, torch.Tensor):
-        return x.numel() * x.element_size()
+        return dist.num_bytes(x)
     return sum(size_of(each) for each in x)
 
 

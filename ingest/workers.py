@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+import dist
 from ingest.reader import ShardError
 
 # What Slurm, torchrun and Ctrl-C send to every process of a job.
@@ -31,8 +32,7 @@ def default_workers():
         cpus = len(os.sched_getaffinity(0))
     else:
         cpus = os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(MAX_DEFAULT_WORKERS, cpus // ranks))
+    return max(1, min(MAX_DEFAULT_WORKERS, cpus // dist.local_world_size()))
 
 
 def run_workers(generate, workers, pin_memory):
