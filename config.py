@@ -93,6 +93,8 @@ class Config:
     caption_lines: bool = False
     # Count a remote set that has no statistics by reading it once before the training.
     index_remote: bool = False
+    # Share of what looks like samples that the index may leave out: 0.01 is one in a hundred.
+    allow_left_out: float = 0.01
     # Random resized crop: smallest and largest share of the image's area.
     crop_scale: tuple = (0.9, 1.0)
     # Decoder of training JPEGs. pillow and simplejpeg (a package) are faster for large pictures,
@@ -153,6 +155,8 @@ class Config:
     out_dir: str = ""
     # none, auto (the newest checkpoint in out_dir, if any), or a checkpoint's folder.
     resume: str = "none"
+    # Continue although settings of the method differ from those of the checkpoint.
+    resume_changes: bool = False
     # Save every so many steps; 0: once an epoch. The end is always saved.
     save_steps: int = 0
     # Save every so many minutes, too; 0: never.
@@ -386,6 +390,7 @@ NOT_NEGATIVE = (
     "seed",
     "lr_tau",
     "loss_tile",
+    "allow_left_out",
 )
 POSITIVE = ("batch_size", "epochs", "keep", "log_steps", "eval_batch", "bucket_mb", "timeout")
 

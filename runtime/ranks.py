@@ -1,4 +1,4 @@
-"""Ranks that act as one outside the training step: their end, work that is done once, votes."""
+"""Ranks that act as one outside the training step: their end, work done once, votes, stopping."""
 
 import atexit
 import os
@@ -141,3 +141,34 @@ class Vote:
         """-> for each question of the last ask(), the number of ranks that said yes."""
         self.work.wait()
         return self.sums.int().tolist()
+
+
+# ---- stopping ----
+
+
+class Interrupted(Exception):
+    """Work was left unfinished on all ranks, because one of them was asked to stop."""
+
+
+def interruptible(items, stop=lambda: False):
+    """Yield this rank's items, each time after all ranks have done one more of theirs.
+
+    stop() says whether this rank was asked to stop. Soon after it is true on any rank, all ranks
+    raise Interrupted, at the same place. The numbers of items may differ: who has no more waits
+    here for the others, so that all ranks return together.
+    """
+    for item in items:
+        agree_to_go_on(stop(), done=False)
+        yield item
+    while not agree_to_go_on(stop(), done=True):
+        pass
+
+
+def agree_to_go_on(stop, done):
+    """-> whether all ranks are done. Raises Interrupted if one of them is to stop."""
+    sums = torch.tensor([stop, done], dtype=torch.float32)
+    dist.all_reduce(sums, "votes").wait()
+    num_stop, num_done = sums.int().tolist()
+    if num_stop:
+        raise Interrupted
+    return num_done == dist.world_size()
