@@ -470,7 +470,7 @@ def measure_saves(run, saver, repeats, label):
         wait = saver.save(number, {})
         while saver.writing():
             steps_meanwhile.append(run.step())
-        assert saver.commit()
+        assert saver.wait()
 
         # The first save also has to allocate its memory.
         if number > 0:

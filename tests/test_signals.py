@@ -14,6 +14,7 @@ from helpers import (
     TORCHRUN,
     assert_same_run,
     environment,
+    metrics,
     newest_checkpoint,
     run,
     train,
@@ -79,6 +80,31 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, sets):
     step = int(stopped[1])
     assert step > 5
     assert newest_checkpoint(out) == f"step-{step:08d}"
+
+
+@pytest.mark.parametrize("ranks, step", [(1, 12), (2, 6)])
+def test_a_signal_leaves_an_evaluation(tmp_path, sets, ranks, step):
+    """Step 6 is saved because of the signal, step 12 ends the run. The next job evaluates."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    settings = {**TINY, **SHORT_RUN, **sets, "eval_steps": 6}
+    train(one, sets, **settings, ranks=ranks)
+
+    fault = f"eval-TERM@{step}:{ranks - 1}"
+    result = run("tests/faults.py", fault, ranks=ranks, **settings, out_dir=two)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"stopped after step {step} of 12" in result.stdout
+    assert "during the evaluation" in result.stdout
+    assert newest_checkpoint(two) == f"step-{step:08d}"
+    assert [row["step"] for row in evaluations(two)] == ([] if step == 6 else [6])
+
+    train(two, sets, **settings, ranks=ranks, resume="auto")
+    assert [row["step"] for row in evaluations(two)] == [6, 12]
+    assert os.path.exists(os.path.join(two, "eval.json"))
+    assert_same_run(one, two)
+
+
+def evaluations(out_dir):
+    return [row for row in metrics(out_dir) if "eval/zeroshot_top1" in row]
 
 
 @pytest.mark.parametrize("stop_after", [5, "0.05s"])
