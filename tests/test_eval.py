@@ -174,10 +174,10 @@ def test_more_ranks_than_samples_give_the_same_retrieval(tmp_path):
 
 @pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 2), (3, 1)])
 def test_each_sample_is_read_once(tmp_path, ranks, workers):
-    shards = write_shards(tmp_path / "shards")
+    index = load_index(write_shards(tmp_path / "shards"), "texts", evaluation=True)
     read = {}
     for rank in range(ranks):
-        for batch in read_samples((shards,), 24, "texts", 16, rank, ranks, workers):
+        for batch in read_samples(index, 24, "texts", 16, rank, ranks, workers):
             assert batch.images.shape[1:] == (3, 24, 24)
             assert len(batch.images) <= 16
             assert not batch.bad
@@ -210,9 +210,10 @@ def test_classes_and_captions_are_read_and_bad_samples_counted(tmp_path):
     good = sample(9, cls=b"3")
     write_tar(tmp_path / "00002.tar", no_number + no_image + good)
     pattern = pattern.replace("00001}", "00002}")
-    assert load_index(pattern, evaluation=True).counts.tolist() == [4, 3, 3]
+    index = load_index(pattern, evaluation=True)
+    assert index.counts.tolist() == [4, 3, 3]
 
-    (batch,) = read_samples(pattern, 24, batch_size=100, workers=0)
+    (batch,) = read_samples(index, 24, batch_size=100, workers=0)
     assert batch.positions.tolist() == [*range(7), 9]
     assert batch.classes == [0, 2, 4, 6, 8, 10, 12, 3]
     assert batch.captions == [[]] * 7 + [["sample 9"]]
@@ -222,7 +223,8 @@ def test_classes_and_captions_are_read_and_bad_samples_counted(tmp_path):
 def test_bad_samples_count_even_if_they_fill_a_batch(tmp_path):
     files = sample(0, jpg=b"x", cls=b"0") + sample(1, png=b"x", cls=b"0") + sample(2, cls=b"0")
     pattern = write_tar(tmp_path / "0.tar", files)
-    batches = list(read_samples(pattern, 24, batch_size=2, workers=0))
+    index = load_index(pattern, evaluation=True)
+    batches = list(read_samples(index, 24, batch_size=2, workers=0))
     assert [len(batch.images) for batch in batches] == [0, 1]
     assert [batch.bad for batch in batches] == [{"corrupt image": 2}, {}]
     evaluate(pattern, str(tmp_path / "run"), eval_batch=2)
