@@ -282,8 +282,13 @@ def test_resume_decodes_nothing_before(expected, monkeypatch):
 
 def test_default_workers_share_the_cpus(expected, monkeypatch):
     order, _ = expected
+    by_cpus = {1: 1, 2: 2, 8: 8, 10: 8, 11: 9, 26: 24, 34: 32, 224: 32}
+    for cpus, expected_workers in by_cpus.items():
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: range(cpus))
+        assert workers.default_workers() == expected_workers
+
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(13))
-    assert workers.default_workers() == 8
+    assert workers.default_workers() == 11
     assert data.Loader(order, 8).workers == 8
     assert data.Loader(order, 8, rank=1, world_size=2).workers == 4
 
