@@ -210,8 +210,7 @@ class Watchdog:
         if is_echo(error):
             cause = self.cause()
             self.end(
-                f"cannot go on at {self.where}: {cause} "
-                f"({type(error).__name__}: {str(error)[:160]})",
+                f"cannot go on at {self.where}: {cause} ({shown_error(error)})",
                 cause,
             )
 
@@ -314,6 +313,17 @@ def is_echo(error):
     if isinstance(error, c10d.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+
+
+def shown_error(error):
+    """-> the words of an error by which a collective says that its other side has gone.
+
+    gloo's first words say all. NCCL's last ones do ("Last error: ..."), so they are shown whole.
+    """
+    text = str(error)
+    if "nccl" not in text.lower():
+        text = text[:160]
+    return f"{type(error).__name__}: {text}"
 
 
 def complain(message):

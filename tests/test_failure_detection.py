@@ -152,6 +152,17 @@ def test_the_watchdog_names_the_step_of_a_hang():
     assert "nothing has finished for 0.5 s after step 7" in run.stderr
 
 
+def test_the_last_words_of_nccl_are_shown():
+    """NCCL names the cause at the end. gloo does at the start, and then lists its call stack."""
+    long = "NCCL error in: ProcessGroupNCCL.cpp:94, " + 300 * "." + " Last error: peer has gone"
+    assert watchdog.shown_error(RuntimeError(long)) == f"RuntimeError: {long}"
+
+    long = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer" + 300 * "."
+    shown = watchdog.shown_error(RuntimeError(long))
+    assert "Connection closed by peer" in shown
+    assert len(shown) < 200
+
+
 def test_the_watchdog_sends_nothing_after_it_has_stopped(monkeypatch):
     """A heartbeat after the farewell would look like a rank that has fallen silent."""
     store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
