@@ -19,6 +19,12 @@ import torch.distributed as c10d
 
 from config import ConfigError
 
+# torch 2.14 has given all_gather_into_tensor this name, and warns of the old one.
+if hasattr(c10d, "all_gather_single"):
+    all_gather_single = c10d.all_gather_single
+else:
+    all_gather_single = c10d.all_gather_into_tensor
+
 # Bytes that this rank has sent, by purpose ("features", "gradients", ...), counted for the usual
 # ring algorithms: an all-gather sends K-1 times the local part, an all-reduce 2(K-1)/K times the
 # tensor.
@@ -124,7 +130,7 @@ def all_gather(x, purpose):
     traffic[purpose] += (world_size() - 1) * num_bytes(x)
 
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    c10d.all_gather_into_tensor(out, x.contiguous())
+    all_gather_single(out, x.contiguous())
     return out
 
 
