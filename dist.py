@@ -51,10 +51,18 @@ def local_world_size():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def shares_gpus():
+    """Whether several ranks may use the same GPU, see init."""
+    return os.environ.get("FASTCLIP_SHARE_GPUS") == "1"
+
+
 def init(device="auto", timeout=600.0):
     """Join the process group that torchrun describes -> this rank's torch.device.
 
     Without torchrun the process stays alone. NCCL carries CUDA tensors, gloo CPU tensors.
+
+    For tests only, FASTCLIP_SHARE_GPUS=1 in the environment lets several ranks share a GPU: local
+    rank r has GPU r modulo their number. NCCL refuses that, so gloo carries CUDA tensors, too.
 
     device: "auto", "cuda" or "cpu".
     timeout: seconds without progress after which the watchdog ends a rank (runtime/watchdog.py).
@@ -62,6 +70,9 @@ def init(device="auto", timeout=600.0):
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if gpus and shares_gpus():
+        local_rank %= gpus
+
     check_gpu(device, local_rank, gpus)
     if gpus:
         set_up_gpu(local_rank)
@@ -70,7 +81,7 @@ def init(device="auto", timeout=600.0):
         # The watchdog ends a rank after `timeout` and says why. The time-out of the backends gives
         # no reason, so it is set to come later.
         c10d.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            "cpu:gloo,cuda:nccl" if gpus and not shares_gpus() else "gloo",
             timeout=datetime.timedelta(seconds=timeout + 60),
         )
     return torch.device("cuda", local_rank) if gpus else torch.device("cpu")

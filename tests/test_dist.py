@@ -4,9 +4,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as c10d
 from torch import nn
 
 import dist
+from config import ConfigError
 from helpers import run_ranks
 
 
@@ -21,6 +23,28 @@ def network():
         nn.Linear(32, 5),
         nn.Linear(5, 1),
     )
+
+
+# ---- process group ----
+
+
+def test_two_ranks_share_a_gpu_only_by_the_switch_of_the_tests(monkeypatch):
+    backends = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(dist, "set_up_gpu", lambda local_rank: None)
+    monkeypatch.setattr(c10d, "init_process_group", lambda name, timeout: backends.append(name))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    with pytest.raises(ConfigError, match="local rank 1 has no GPU"):
+        dist.init()
+    monkeypatch.setenv("FASTCLIP_SHARE_GPUS", "1")
+    assert dist.init() == torch.device("cuda", 0)
+
+    monkeypatch.delenv("FASTCLIP_SHARE_GPUS")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    dist.init()
+    assert backends == ["gloo", "cpu:gloo,cuda:nccl"]
 
 
 # ---- gradients ----
