@@ -145,14 +145,29 @@ def all_gather(x, purpose):
     return out
 
 
-def all_reduce(x, purpose):
-    """Start to sum x over the ranks, in place -> a handle. x is the sum after handle.wait()."""
+def all_reduce(x, purpose, mean=False):
+    """Start to sum x over the ranks, in place -> a handle. x is the sum after handle.wait().
+
+    mean: average instead. Each rank's part is divided before the addition, so that a sum in
+    bfloat16 or float16 stays in range.
+    """
     if world_size() == 1:
         return NoWork()
     calls[purpose] += 1
     traffic[purpose] += 2 * (world_size() - 1) * num_bytes(x) // world_size()
 
-    return c10d.all_reduce(x, async_op=True)
+    operation = c10d.ReduceOp.SUM
+    if mean and has_average(x.device):
+        # NCCL divides while it reads: a pass over all gradients is saved.
+        operation = c10d.ReduceOp.AVG
+    elif mean:
+        x.div_(world_size())
+    return c10d.all_reduce(x, operation, async_op=True)
+
+
+def has_average(device):
+    """Whether tensors of this device are sent by a backend with ReduceOp.AVG: NCCL, not gloo."""
+    return device.type == "cuda" and not shares_gpus()
 
 
 def all_gather_objects(x, group=None):
@@ -264,12 +279,9 @@ class GradReducer:
         # The all-reduce spreads a NaN to all ranks. This rank's own sum tells where it came from.
         bucket.own_sum = bucket.flat.sum()
 
-        # Divide before the addition, so that a sum in bfloat16 or float16 stays in range.
-        bucket.flat.div_(world_size())
-
         # This is bucket.flat itself where the dtypes agree.
         bucket.sent = bucket.flat.to(self.wire)
-        bucket.work = all_reduce(bucket.sent, "gradients")
+        bucket.work = all_reduce(bucket.sent, "gradients", mean=True)
 
     def wait(self):
         """Finish: every p.grad is the mean over all ranks."""

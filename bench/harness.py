@@ -234,7 +234,7 @@ def act_alone(num_ranks):
             return x
         return x.repeat(num_ranks, *[1] * (x.ndim - 1))
 
-    def all_reduce(x, purpose):
+    def all_reduce(x, purpose, mean=False):
         return dist.NoWork()
 
     dist.rank = rank

@@ -125,6 +125,23 @@ def test_a_gather_is_in_rank_order_and_counted():
         assert traffic == {"features": 24}
 
 
+@pytest.mark.parametrize("device, divided", [("cpu", True), ("cuda", False)])
+def test_nccl_divides_gradients_itself(monkeypatch, device, divided):
+    begun = []
+
+    def c10d_all_reduce(x, operation, async_op):
+        begun.append((x, operation))
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(c10d, "all_reduce", c10d_all_reduce)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device(device))
+
+    dist.all_reduce(torch.tensor(6.0), "gradients", mean=True)
+    [(sent, operation)] = begun
+    assert sent.item() == (3 if divided else 6)
+    assert operation == (c10d.ReduceOp.SUM if divided else c10d.ReduceOp.AVG)
+
+
 # ---- weights ----
 
 
