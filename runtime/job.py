@@ -238,7 +238,10 @@ class Job:
         with self.log.pause():
             # Wait for the checkpoint before, so that nothing found wrong with this one can harm it.
             self.saver.wait()
-            self.log.save_wait += self.saver.save(step, self.log.state())
+            log_state = self.log.state()
+            # Only rank 0 saves weights: of weights that differ, the others would be lost unnoticed.
+            dist.check_same_weights(self.t.model)
+            self.log.save_wait += self.saver.save(step, log_state)
         self.saved_step = step
         self.saved_at = time.monotonic()
 
@@ -291,12 +294,11 @@ class Job:
     def finish(self, step):
         """Wait for the last checkpoint, say how the job ended, and leave together with all ranks.
 
-        Raises RuntimeError if the checkpoint could not be saved, or the ranks' weights differ.
+        Raises RuntimeError if the checkpoint could not be saved.
         """
         self.progress(f"step {step}, saving")
         if not self.saver.wait():
             raise RuntimeError("the last checkpoint could not be saved: see above")
-        dist.check_same_weights(self.t.model)
 
         if step == self.t.total_steps and not self.evaluation_left:
             self.log.finish()

@@ -6,6 +6,7 @@ raise            it raises ValueError
 TERM, USR1, INT  it sends itself that signal
 feature          the features of its third sample are NaN in this step
 gradient         its gradient is NaN in this step
+drift            one of its weights changes before this step, by a thousandth
 leak             every step from this one on keeps 1 MB and opens a file (the soak test must see it)
 eval-kill        in the evaluation after this step the rank kills itself, once that step is saved
 eval-TERM        it sends itself SIGTERM when that evaluation begins
@@ -122,6 +123,8 @@ def spoil(fault, model, batch):
         nan = torch.zeros(len(batch.ids), 1)  # (b, 1), added to the image features
         nan[2] = float("nan")
         return model.register_forward_hook(lambda module, args, out: (out[0] + nan, out[1]))
+    if fault == "drift":
+        model.text_projection.data[0, 0] *= 1.001
     if fault == "gradient":
         return model.text_projection.register_hook(lambda grad: grad * float("nan"))
     return None

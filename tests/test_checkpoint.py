@@ -409,6 +409,15 @@ def test_a_full_disk_costs_one_checkpoint(small_disk, sets, monkeypatch, capsys)
     assert newest_checkpoint(out) == "step-00000012"
 
 
+def test_weights_that_differ_between_ranks_are_not_saved(tmp_path, sets):
+    out = str(tmp_path / "run")
+    settings = {**TINY, **SHORT_RUN, **sets, "out_dir": out}
+    for [error] in run_ranks(2, run_jobs, ("drift@6:1", settings)):
+        assert "have drifted apart" in error
+        assert "on ranks [1]" in error
+    assert checkpoint_names(out) == ["step-00000004"]
+
+
 def run_jobs_with_a_full_disk_on_rank_1(*jobs):
     plain_write = checkpoint.write_file
 
