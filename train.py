@@ -162,6 +162,7 @@ def build(c, num_samples, steps_per_epoch, total_steps, device):
         tau_init=c.tau_init,
         device=device,
         tile=c.loss_tile,
+        tf32=device.type == "cuda" and dtype != torch.float32,
     )
 
     if hardware.compiles(c.compile, device):

@@ -160,6 +160,21 @@ def test_a_step_does_nothing_that_a_gpu_would_refuse_or_the_host_would_wait_for(
     assert calls == 2 * passes
 
 
+@pytest.mark.parametrize("precision, expected", [("bf16", "high"), ("fp32", "highest")])
+def test_the_loss_multiplies_in_tf32_where_the_towers_are_not_float32(precision, expected):
+    found = []
+    plain_block = loss.Similarities.block
+
+    def block(self, columns):
+        found.append(torch.get_float32_matmul_precision())
+        return plain_block(self, columns)
+
+    with mock.patch.object(loss.Similarities, "block", block):
+        step_on_a_fake_gpu(precision=precision)
+    assert set(found) == {expected}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize("settings", [dict(precision="fp16"), dict(skip_nonfinite=True)], ids=str)
 def test_only_a_step_that_may_be_skipped_waits(settings):
     with pytest.raises(DataDependentOutputException):
