@@ -662,13 +662,14 @@ class CLIP(nn.Module):
         # 4 stages x (train, eval, other batch sizes) exceed torch's limit of 8 graphs per function.
         torch._dynamo.config.cache_size_limit = 64
 
-        # Images have one size, captions do not. Without dynamic=False, torch would make a single,
-        # slower graph for ResNet stages of several sizes.
+        # Images have one size. Without dynamic=False, torch would make a single, slower graph for
+        # ResNet stages of several sizes. Captions have many sizes. Left to itself, torch would
+        # compile for the first, and anew for all when it meets another: half a minute in which, at
+        # different steps, each rank keeps the others waiting.
         fixed_size = set(self.visual.modules())
         for module in self.modules():
             if isinstance(module, (Block, Stage, TimmTower)):
-                dynamic = False if module in fixed_size else None
-                module.compile(dynamic=dynamic, **options)
+                module.compile(dynamic=module not in fixed_size, **options)
 
 
 def unit_length(x):

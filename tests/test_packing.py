@@ -266,8 +266,8 @@ def test_a_training_step_has_the_gradients_of_padded_captions(micro_batch):
 # ---- Compilation ----
 
 
-def test_no_recompiles_after_warm_up():
-    """After two batches of different sizes, other lengths, T and L, compile nothing."""
+def test_no_recompiles_after_the_first_batch():
+    """Other lengths, T and L, compile nothing."""
     torch._dynamo.reset()
     model = tiny("vit")
     compiled = copy.deepcopy(model)
@@ -283,10 +283,10 @@ def test_no_recompiles_after_warm_up():
 
     try:
         compare([3, 9, 12, 7, 5, 6, 8, 4])
-        compare([3, 19, 5, 2, 2, 17, 16, 15])
 
         torch._dynamo.utils.counters.clear()
         with torch._dynamo.config.patch(error_on_recompile=True):
+            compare([3, 19, 5, 2, 2, 17, 16, 15])
             for seed in range(2, 12):
                 generator = torch.Generator().manual_seed(seed)
                 compare(torch.randint(2, 21, (8,), generator=generator).tolist())
