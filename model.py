@@ -146,6 +146,13 @@ class Packing(NamedTuple):
         starts (b + 1,)          0     3         8
         end_mask (b, 1, 1, L)    1 1 1 0 0 0
                                  1 1 1 1 1 0
+
+    Varlen attention of one query per caption, <end_of_text>, must not see the padding that may be
+    kept behind it. So there each caption has two segments: its own tokens, with one query, and the
+    padding behind them, with none.
+
+        key_starts (2b + 1,)     0     3 3       8 8
+        query_starts (2b + 1,)   0     1 1       2 2
     """
 
     # int64 (T,): position of each packed token in the flattened (b, L).
@@ -157,6 +164,13 @@ class Packing(NamedTuple):
     # int32 (b + 1,): index of each caption's first token among the T, and T at the end; or None,
     # without varlen attention.
     starts: torch.Tensor | None
+    # int32 (2b + 1,): where the segments begin among the T, and among the b queries; or None.
+    key_starts: torch.Tensor | None
+    query_starts: torch.Tensor | None
+
+    def has_varlen(self, dtype):
+        """Whether queries, keys and values of this dtype are attended to by varlen attention."""
+        return self.starts is not None and dtype in (torch.bfloat16, torch.float16)
 
     def pad(self, x):
         """(T, w) -> (b, L, w), zeros where nothing is packed."""
@@ -183,10 +197,16 @@ def make_packing(tokens, token_index, varlen):
 
     # The same among the T packed tokens: token_index is ascending, so a search finds a position.
     ends = torch.searchsorted(token_index, rows[:-1] + end)
-    starts = torch.searchsorted(token_index, rows, out_int32=True) if varlen else None
-
     end_mask = torch.arange(L, device=device) <= end[:, None]  # (b, L)
-    return Packing(token_index, ends, end_mask[:, None, None], starts)
+    end_mask = end_mask[:, None, None]
+    if not varlen:
+        return Packing(token_index, ends, end_mask, None, None, None)
+
+    starts = torch.searchsorted(token_index, rows, out_int32=True)
+    key_starts = torch.stack([starts[:-1], ends.int() + 1], 1).flatten()  # (2b,)
+    key_starts = torch.cat([key_starts, starts[-1:]])  # (2b + 1,)
+    query_starts = torch.arange(1, 2 * b + 2, device=device, dtype=torch.int32) // 2
+    return Packing(token_index, ends, end_mask, starts, key_starts, query_starts)
 
 
 def has_varlen(device, head_size):
@@ -229,7 +249,7 @@ class Attention(nn.Module):
 
         if packing is None:
             x = self.attend(qkv)  # (b, L, w)
-        elif packing.starts is not None and qkv.dtype in (torch.bfloat16, torch.float16):
+        elif packing.has_varlen(qkv.dtype):
             x = self.attend_packed(qkv, packing)  # (T, w)
         else:
             x = packing.unpad(self.attend(packing.pad(qkv)))  # (T, w)
@@ -264,15 +284,35 @@ class Attention(nn.Module):
 
         q = F.linear(query, q_weight, q_bias)  # (b, w)
         kv = F.linear(x, kv_weight, kv_bias)  # (b, L, 2w) or (T, 2w)
-        if packing is not None:
-            kv = packing.pad(kv)  # (b, L, 2w)
 
-        k, v = self.split_heads(kv)  # (b, heads, L, w/heads) each
+        if packing is None:
+            x = self.attend_one(q, kv)  # (b, w)
+        elif packing.has_varlen(kv.dtype):
+            x = self.attend_one_packed(q, kv, packing)  # (b, w)
+        else:
+            x = self.attend_one(q, packing.pad(kv), packing.end_mask)  # (b, w)
+
+        return self.out_proj(x)
+
+    def attend_one(self, q, kv, mask=None):
+        """q (b, w), kv (b, L, 2w) -> (b, w). mask: bool (b, 1, 1, L), what a query attends to."""
         q = q.unflatten(-1, (self.heads, 1, -1))  # (b, heads, 1, w/heads)
-
-        mask = None if packing is None else packing.end_mask
+        k, v = self.split_heads(kv)  # (b, heads, L, w/heads) each
         x = F.scaled_dot_product_attention(q, k, v, mask)  # (b, heads, 1, w/heads)
-        return self.out_proj(x.flatten(1))
+        return x.flatten(1)
+
+    def attend_one_packed(self, q, kv, packing):
+        """q (b, w), kv (T, 2w) -> (b, w): each query attends to the tokens of its own caption.
+
+        There is no mask, which for L = 77 would not be aligned as GPUs like it. Keys of a segment
+        without queries, the padding, get gradients of zero.
+        """
+        q = q.unflatten(-1, (self.heads, -1))  # (b, heads, w/heads)
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(1)  # (T, heads, w/heads) each
+        longest = packing.end_mask.shape[-1]
+
+        x = varlen_attn(q, k, v, packing.query_starts, packing.key_starts, 1, longest)
+        return x.flatten(1)
 
     def split_heads(self, x):
         """(b, L, n w) -> (n, b, heads, L, w/heads), to be unpacked into n tensors."""

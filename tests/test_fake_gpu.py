@@ -156,8 +156,8 @@ def test_a_step_does_nothing_that_a_gpu_would_refuse_or_the_host_would_wait_for(
     micro_batch = settings.get("micro_batch")
     passes = 2 * BATCH // micro_batch if micro_batch else 1
 
-    # In two of the three text layers: the last one has one query per caption.
-    assert calls == 2 * passes
+    # In each of the three text layers; in the last one with one query per caption.
+    assert calls == 3 * passes
 
 
 @pytest.mark.parametrize("precision, expected", [("bf16", "high"), ("fp32", "highest")])

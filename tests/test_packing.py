@@ -106,6 +106,8 @@ def test_the_example_in_model_py():
     assert token_index.tolist() == [0, 1, 2, 6, 7, 8, 9, 10]
     assert packing.ends.tolist() == [2, 7]
     assert packing.starts.tolist() == [0, 3, 8]
+    assert packing.key_starts.tolist() == [0, 3, 3, 8, 8]
+    assert packing.query_starts.tolist() == [0, 1, 1, 2, 2]
     assert packing.end_mask.shape == (2, 1, 1, 6)
     assert packing.end_mask.flatten(1).int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
 
@@ -300,47 +302,67 @@ def test_no_recompiles_after_the_first_batch():
 # ---- On a GPU ----
 
 
-def attend_caption_by_caption(q, k, v, starts):
-    """Causal attention within each caption. q, k, v: (T, heads, w/heads) -> the same shape."""
-    lengths = starts.diff().tolist()
+def attend_segment_by_segment(q, k, v, starts_q, starts_k, is_causal):
+    """What varlen attention computes, in plain torch.
+
+    q: (queries, heads, w/heads) -> the same shape. k, v: (T, heads, w/heads).
+    """
     outputs = []
-    for caption in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        q1, k1, v1 = (x.transpose(0, 1) for x in caption)  # (heads, length, w/heads) each
-        out = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)
+    per_query = starts_q.diff().tolist()
+    per_key = starts_k.diff().tolist()
+    for segment in zip(q.split(per_query), k.split(per_key), v.split(per_key)):
+        q1, k1, v1 = (x.transpose(0, 1) for x in segment)  # (heads, length, w/heads) each
+        out = F.scaled_dot_product_attention(q1, k1, v1, is_causal=is_causal)
         outputs.append(out.transpose(0, 1))
     return torch.cat(outputs)
 
 
 def test_how_varlen_attention_is_called(monkeypatch):
-    """Without a GPU: a stand-in attends within one caption after the other."""
+    """Without a GPU: a stand-in attends within one segment after the other.
+
+    Three positions of padding are kept. Neither features nor gradients depend on them.
+    """
     model = tiny("vit").bfloat16()
     lengths = torch.tensor(LENGTHS["one long"])
     tokens = captions(lengths, 20, 1000)
     token_index = models.pack(lengths, 20)
-    calls = []
+    num_queries = []
 
-    def varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, window_size):
-        calls.append(q)
-        assert q.shape == k.shape == v.shape == (len(token_index), 3, 16)
-        assert starts_q is starts_k
-        assert starts_q.dtype == torch.int32
+    def varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, window_size=(-1, -1)):
+        num_queries.append(len(q))
+        assert k.shape == v.shape == (len(token_index), 3, 16)
+        assert q.shape[1:] == k.shape[1:]
+        assert starts_q.dtype == starts_k.dtype == torch.int32
         assert starts_q[-1] == len(q)
-        assert longest_q == longest_k >= starts_q.diff().max()
-        assert window_size == (-1, 0)
-        return attend_caption_by_caption(q, k, v, starts_q)
+        assert starts_k[-1] == len(k)
+        assert longest_q >= starts_q.diff().max()
+        assert longest_k >= starts_k.diff().max()
+
+        is_causal = window_size == (-1, 0)
+        assert is_causal or window_size == (-1, -1)
+        return attend_segment_by_segment(q, k, v, starts_q, starts_k, is_causal)
 
     monkeypatch.setattr(models, "varlen_attn", varlen_attn, raising=False)
     x = torch.randn(len(token_index), 48, dtype=torch.bfloat16)
 
-    packing = models.make_packing(tokens, token_index, varlen=False)
-    expected = model.transformer(x, packing)
-    assert not calls
+    def features_and_gradient(varlen):
+        packing = models.make_packing(tokens, token_index, varlen)
+        inputs = x.clone().requires_grad_()
+        features = model.transformer(inputs, packing)
+        features.float().sin().sum().backward()
+        return features, inputs.grad
 
-    packing = models.make_packing(tokens, token_index, varlen=True)
-    found = model.transformer(x, packing)
-    assert len(calls) == 1  # in the first of two layers: the last one has one query per caption
-    assert found.shape == (5, 48)
+    expected = features_and_gradient(varlen=False)
+    assert not num_queries
+
+    # The last of the two layers has one query per caption.
+    found = features_and_gradient(varlen=True)
+    assert num_queries == [len(token_index), len(lengths)]
+    assert found[0].shape == (5, 48)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    is_padding = token_index % 20 >= lengths[token_index // 20]
+    assert is_padding.sum() == 3
+    assert not found[1][is_padding].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
