@@ -50,6 +50,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import dist
 from config import ConfigError
 from ingest.images import (
     BadSample,
@@ -65,7 +66,7 @@ from ingest.images import (
 from ingest.reader import Reader, ShardError
 from ingest.tar import captions
 from ingest.tokenizer import Tokenizer
-from ingest.workers import default_workers, run_workers, start_server
+from ingest.workers import default_workers, in_a_thread, run_workers, start_server
 
 MAX_AUTO_LANES = 512
 AUTO_SHUFFLE = 65536  # samples that all lanes together shuffle
@@ -379,6 +380,8 @@ class Batch(NamedTuple):
     lengths: torch.Tensor  # int64 (b,), of the captions in tokens, on the CPU
     ids: torch.Tensor  # int64 (b,), on the CPU
     bad: dict  # {reason: how many samples were replaced}
+    # int64 (B,), of all ranks' samples in rank order, on the CPU; None before with_global_ids.
+    global_ids: torch.Tensor | None = None
 
 
 class Loader:
@@ -386,7 +389,7 @@ class Loader:
 
     Steps are counted over all epochs. The lanes of the rank are divided among its workers. In
     every step, each worker yields its share (worker_shares, below), and the loader joins them and
-    copies them to the device.
+    copies them to the device. It sends nothing to other ranks: see with_global_ids, below.
 
     order: an Order.
     image_size: S, pixels.
@@ -454,34 +457,31 @@ class Loader:
         return len(self.steps)
 
     def __iter__(self):
-        on_gpu = self.device.type == "cuda"
-        shares = run_workers(self.generate, self.workers, pin_memory=on_gpu)
+        if self.device.type == "cuda":
+            return self.batches_on_gpu()
+        return self.batches()
 
-        # On a GPU, copies and decoding have a stream of their own, so that they run beside the
-        # step before: this stream does not wait for it, only the next step waits for this stream.
-        stream = torch.cuda.Stream(self.device) if on_gpu else None
-
+    def batches(self):
+        """Yield a Batch for each step, made of one share from each worker."""
+        shares = run_workers(self.generate, self.workers, pin_memory=self.device.type == "cuda")
         for _ in self.steps:
-            yield self.next_batch(shares, stream)
+            of_step = islice(shares, max(1, self.workers))  # in the order of their lanes
+            yield self.join(list(of_step))
 
-    def next_batch(self, shares, stream):
-        """Take one share from each worker -> Batch. stream: of CUDA, or None on a CPU."""
-        shares = list(islice(shares, max(1, self.workers)))  # in the order of their lanes
-        images = [share.images for share in shares]
+    def batches_on_gpu(self):
+        """As batches(), but each is made beside the step before, in a thread and on a stream.
 
-        with torch.cuda.stream(stream):  # without effect if it is None
-            batch = self.join(shares)
-            if isinstance(images[0], EncodedBatch):
-                batch = self.decode(batch, images)
-            else:
-                batch = batch._replace(images=on_device(images, self.device))  # (b, 3, S, S)
-
-        if stream is not None:
-            wait_for(stream, batch)
-        return batch
+        Copies and decoding on that stream do not wait for the step, and the thread, which has to
+        wait for nvJPEG, does not keep this one from starting the next step.
+        """
+        stream = torch.cuda.Stream(self.device)
+        for batch, is_complete in in_a_thread(on_stream(self.batches(), stream)):
+            wait_for(is_complete, batch)
+            yield batch
 
     def join(self, shares):
-        """The shares of all workers -> one Batch, tokens on the device, still without images."""
+        """The shares of all workers -> one Batch on the device."""
+        images = [share.images for share in shares]
         lengths = torch.cat([share.lengths for share in shares])  # (b,)
         ids = torch.cat([share.ids for share in shares])  # (b,)
         bad = Counter()
@@ -492,10 +492,14 @@ class Loader:
         longest = min(longest, self.context_length)
         tokens = on_device([share.tokens for share in shares], self.device)
         tokens = tokens[:, :longest].contiguous()  # (b, L)
-        return Batch(None, tokens, lengths, ids, dict(bad))
 
-    def decode(self, batch, encoded):
-        """GPU decoding: fill in batch.images from the workers' encoded images.
+        if isinstance(images[0], EncodedBatch):
+            return self.decode(images, Batch(None, tokens, lengths, ids, dict(bad)))
+        images = on_device(images, self.device)  # (b, 3, S, S)
+        return Batch(images, tokens, lengths, ids, dict(bad))
+
+    def decode(self, encoded, batch):
+        """GPU decoding: a Batch without images, and the workers' encoded ones -> the whole Batch.
 
         In place of a corrupt image comes the whole next sample of the batch: image, caption and id.
         """
@@ -510,16 +514,53 @@ class Loader:
         return Batch(images, tokens, batch.lengths[source], batch.ids[source], dict(bad))
 
 
-def wait_for(stream, batch):
-    """Let the current stream, on which the training step runs, wait for the loader's stream.
+def on_stream(batches, stream):
+    """Yield (batch, event): each batch is made on the CUDA stream, and complete at the event."""
+    while True:
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            is_complete = stream.record_event()
+        if batch is None:
+            return
+        yield batch, is_complete
 
-    The memory of the batch belongs to the loader's stream. record_stream tells the allocator that
-    the step uses it as well, so that it is not given away before the step has ended.
+
+def wait_for(is_complete, batch):
+    """Let the current stream, on which the training step runs, wait for a batch of another stream.
+
+    The memory of the batch belongs to that stream. record_stream tells the allocator that the step
+    uses it as well, so that it is not given away before the step has ended.
     """
     step = torch.cuda.current_stream(batch.images.device)
-    step.wait_stream(stream)
+    step.wait_event(is_complete)
     batch.images.record_stream(step)
     batch.tokens.record_stream(step)
+
+
+def with_global_ids(batches, gather=True):
+    """Yield a rank's batches with their global_ids, each when the next one is already under way.
+
+    While a step computes, the next batch is copied to the device, and all ranks gather its ids: on
+    the CPU, by gloo, so that neither the host nor a GPU waits for them.
+
+    gather: False where no ids are needed, for an algorithm without state.
+    """
+    waiting = None  # (batch, the gather of its ids)
+    for batch in batches:
+        gathering = dist.start_all_gather(batch.ids, "ids") if gather else None
+        if waiting is not None:
+            yield complete(*waiting)
+        waiting = batch, gathering
+
+    if waiting is not None:
+        yield complete(*waiting)
+
+
+def complete(batch, gathering):
+    """-> the batch with the gathered ids."""
+    if gathering is None:
+        return batch
+    return batch._replace(global_ids=gathering.wait())
 
 
 def lanes_per_rank(order, world_size):

@@ -133,16 +133,40 @@ def barrier():
     c10d.all_reduce(torch.zeros(1))
 
 
+class Gathering:
+    """The handle of an all-gather: wait() gives what was gathered."""
+
+    def __init__(self, gathered, work):
+        self.gathered = gathered
+        self.work = work
+
+    def wait(self):
+        self.work.wait()
+        return self.gathered
+
+
 def all_gather(x, purpose):
     """x (b, ...) of every rank -> (K b, ...), in rank order. b must be equal on all ranks."""
     if world_size() == 1:
         return x
-    calls[purpose] += 1
-    traffic[purpose] += (world_size() - 1) * num_bytes(x)
-
-    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    out = room_for_all_gather(x, purpose)
     all_gather_single(out, x.contiguous())
     return out
+
+
+def start_all_gather(x, purpose):
+    """Start all_gather(x, purpose) -> Gathering."""
+    if world_size() == 1:
+        return Gathering(x, NoWork())
+    out = room_for_all_gather(x, purpose)
+    return Gathering(out, all_gather_single(out, x.contiguous(), async_op=True))
+
+
+def room_for_all_gather(x, purpose):
+    """Count an all-gather of x (b, ...) -> the tensor for its result, (K b, ...)."""
+    calls[purpose] += 1
+    traffic[purpose] += (world_size() - 1) * num_bytes(x)
+    return x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
 
 
 def all_reduce(x, purpose, mean=False):

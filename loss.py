@@ -239,7 +239,7 @@ class ContrastiveLoss:
     """One of the algorithms, with its state. It needs no model: features, sample ids and
     gamma go in, gradients come out.
 
-        lookup = loss.lookup(ids)           # asynchronous: call it before the towers run
+        lookup = loss.lookup(global_ids)    # asynchronous: call it before the towers run
         out = loss(image_features, text_features, logit_scale, lookup, gamma)
         torch.autograd.backward((image_features, text_features), (out.grad_image, out.grad_text))
 
@@ -288,8 +288,8 @@ class ContrastiveLoss:
     def lookup(self, ids):
         """Start to fetch the state of the global batch -> Lookup, for __call__.
 
-        ids: int64 (b,), the sample ids of this rank. Ids on the CPU are checked: ValueError if
-        one lies outside [0, N).
+        ids: int64 (B,), the sample ids of the global batch, in rank order. Ids on the CPU are
+        checked: ValueError if one lies outside [0, N). Without state, they are not looked at.
         """
         return self.state.lookup(ids)
 
@@ -301,7 +301,7 @@ class ContrastiveLoss:
 
         image_features, text_features: (b, d), L2-normalised, any float dtype.
         logit_scale: (), ln(1/tau); algorithms with per-sample tau ignore it.
-        lookup: from self.lookup(ids) with the ids of these samples.
+        lookup: from self.lookup(ids) with the ids of these samples and of the other ranks'.
         gamma: weight of the new g in (1), in (0, 1]. A number, or a tensor (B,) with a gamma for
         each sample of the *global* batch in rank order, because every rank updates all B rows.
         epoch, lr_tau: epoch (from 0) and learning rate, used for per-sample tau only.
@@ -741,9 +741,9 @@ def state_columns(algorithm, tau_init=0.03):
 class SampleState:
     """A table of numbers per sample, sharded: id i lives on rank i mod K, in row i // K.
 
-    Reading: the ids of a step are known before its forward pass. The look-up starts then and is
-    finished after the towers have run. Each rank fills the rows that it owns into zeros, and one
-    all-reduce (a sum) gives the rows of the global batch to every rank.
+    Reading: the ids of a step are known on all ranks before its forward pass. The look-up starts
+    then and is finished after the towers have run. Each rank fills the rows that it owns into
+    zeros, and one all-reduce (a sum) gives the rows of the global batch to every rank.
 
     Writing needs no communication: by then every rank knows every new row, and keeps its own.
 
@@ -764,22 +764,22 @@ class SampleState:
     def lookup(self, ids):
         """Start to fetch the rows of the global batch -> Lookup.
 
-        ids: int64 (b,) of this rank, in [0, N). Ids on the CPU are checked (ValueError), ids on a
-        GPU are trusted.
+        ids: int64 (B,) of the global batch, in [0, N). Ids on the CPU are checked (ValueError), ids
+        on a GPU are trusted.
         """
-        if ids.device.type == "cpu":
-            self.check_ids(ids)
         if not self.columns:
             return Lookup(self.columns, None, None, dist.NoWork())
+        if ids.device.type == "cpu":
+            self.check_ids(ids)
 
-        ids = ids.to(self.table.device, non_blocking=True)
-        ids = dist.all_gather(ids, "ids")  # (B,)
+        if ids.device != self.table.device:
+            ids = ids.pin_memory().to(self.table.device, non_blocking=True)
         rows = self.table[ids // dist.world_size()]  # (B, columns)
         rows = torch.where(self.owned(ids)[:, None], rows, 0)
         return Lookup(self.columns, ids, rows, dist.all_reduce(rows, "state"))
 
     def check_ids(self, ids):
-        """ValueError with the first id, (b,) on the CPU, that is outside [0, N)."""
+        """ValueError with the first id, (B,) on the CPU, that is outside [0, N)."""
         outside = (ids < 0) | (ids >= self.num_samples)
         if outside.any():
             raise ValueError(

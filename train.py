@@ -57,7 +57,8 @@ class Trainer:
 def train_step(t, batch, step):
     """One iteration of Algorithm 1 on this rank's share of the global batch.
 
-    t: Trainer. batch: data.Batch of b samples. step: counted from 0 over the whole run.
+    t: Trainer. batch: data.Batch of b samples, from data.with_global_ids. step: counted from 0 over
+    the whole run.
     Returns (LossOutput, norm of the averaged gradient ()). Nothing here waits for the device,
     unless steps may be skipped.
     """
@@ -66,7 +67,7 @@ def train_step(t, batch, step):
     t.reducer.zero()
 
     # The u-state of the global batch. Its look-up is under way while the towers run.
-    lookup = t.loss.lookup(batch.ids)
+    lookup = t.loss.lookup(batch.global_ids)
 
     # Features e1 (images) and e2 (texts) of this rank's samples.
     pieces = micro_batches(batch, t.config.micro_batch)
@@ -214,9 +215,10 @@ def main(argv):
             start_step=step,
             num_steps=total_steps,
         )
+        batches = data.with_global_ids(loader, t.loss.algorithm.state)
         job.start(t, index, step, evaluation.evaluate)
 
-        for batch in job.batches(loader):
+        for batch in job.batches(batches):
             out, grad_norm = train_step(t, batch, step)
             step += 1
             job.log.step(step, batch, out, grad_norm)

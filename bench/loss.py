@@ -96,7 +96,7 @@ def make_call(args, side, b, B, embed_dim, device):
 
     tile = args.tile if "loss_tile" in side else 0
     loss = ContrastiveLoss("fastclip-v3", b, device=device, tile=tile)
-    ids = torch.arange(b)
+    ids = torch.arange(b).repeat(B // b)  # of all ranks
 
     def call():
         loss(image_features, text_features, logit_scale, loss.lookup(ids), 0.5)

@@ -3,6 +3,7 @@
 from itertools import islice
 
 import config as configs
+import data
 import dist
 import train
 from bench import harness
@@ -36,7 +37,7 @@ class Trainer:
         )
         device = harness.device_of(args)
         self.t = train.build(c, num_samples, STEPS_PER_EPOCH, TOTAL_STEPS, device)
-        self.batches = batches
+        self.batches = data.with_global_ids(batches, self.t.loss.algorithm.state)
         self.step_number = 0
 
     def run(self, steps):

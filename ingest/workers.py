@@ -1,13 +1,15 @@
 """Data workers: processes that read and decode beside the training.
 
 run_workers(generate, workers, pin_memory) runs a generator function in several processes and yields
-what they yield, in turn. The rest of this file is about how the processes start and end.
+what they yield, in turn. in_a_thread(items) lets a thread of this process do the last part of the
+work. The rest of this file is about how the processes start and end.
 """
 
 import multiprocessing.forkserver
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -73,6 +75,23 @@ def run_workers(generate, workers, pin_memory):
         if isinstance(item, str):
             raise ShardError(item)
         yield item
+
+
+def in_a_thread(items):
+    """Yield what the iterator `items` yields. A thread calls it, one item ahead.
+
+    What it raises is raised here. When this generator is closed, the thread still completes the
+    item that it is at.
+    """
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(next, items, end)
+        while True:
+            item = following.result()
+            if item is end:
+                return
+            following = thread.submit(next, items, end)
+            yield item
 
 
 @lru_cache

@@ -45,7 +45,8 @@ TOY_RESNET = (
 )
 TOY = (TOY_VIT, "--rounds=1", "--device=cpu")
 
-REPLACED = ("rank", "world_size", "all_gather", "all_reduce")  # of dist, by harness.act_alone
+# Of dist, by harness.act_alone.
+REPLACED = ("rank", "world_size", "all_gather", "start_all_gather", "all_reduce")
 PLAIN_DIST = {name: getattr(dist, name) for name in REPLACED}
 
 PROVENANCE = {"date", "commit", "load", "versions"}
@@ -252,7 +253,7 @@ def test_a_step_does_not_wait_for_the_gpu(model, image_size, numbers, settings):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches:
+        for batch in data.with_global_ids(batches):
             trainer.step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")

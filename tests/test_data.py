@@ -3,12 +3,14 @@
 Also worker processes (ingest/workers.py).
 """
 
+import contextlib
 import multiprocessing.forkserver
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections import Counter
 
@@ -17,8 +19,9 @@ import pytest
 import torch
 
 import data
+import dist
 from config import ConfigError
-from helpers import equal
+from helpers import equal, run_ranks
 from ingest import images, workers
 from ingest.index import Index, load_index
 from ingest.reader import ShardError
@@ -303,6 +306,87 @@ def test_a_loader_can_be_iterated_again(expected):
     assert len(loader) == 11
     assert len(list(loader)) == 11
     assert len(list(loader)) == 11
+
+
+# ---- ahead of the step ----
+
+
+def test_a_thread_works_one_item_ahead():
+    begun = []
+
+    def items():
+        for number in range(3):
+            begun.append((number, threading.current_thread()))
+            yield number
+        raise ShardError("no more")
+
+    found = workers.in_a_thread(items())
+    assert next(found) == 0
+    assert next(found) == 1  # so item 1 was complete, and item 2 is asked for
+    assert next(found) == 2
+    with pytest.raises(ShardError, match="no more"):
+        next(found)
+    assert [number for number, _ in begun] == [0, 1, 2]
+    (thread,) = {thread for _, thread in begun}
+    assert thread is not threading.current_thread()
+
+    begun.clear()
+    found = workers.in_a_thread(items())
+    next(found)
+    found.close()
+    assert [number for number, _ in begun] == [0, 1]
+
+
+class StandInStream:
+    """In place of torch.cuda.Stream: notes what is asked of it."""
+
+    def __init__(self, device=None):
+        self.calls = []
+
+    def record_event(self):
+        self.calls.append("record")
+        return len(self.calls)
+
+    def wait_event(self, event):
+        self.calls.append(event)
+
+
+def test_on_a_gpu_batches_come_from_a_thread_and_a_stream(expected, monkeypatch):
+    """Without a GPU: the same batches, and the step waits for the event of each."""
+    order, _ = expected
+    loader = data.Loader(order, 8, num_steps=3, workers=0)
+    step_stream = StandInStream()
+    used = []
+    monkeypatch.setattr(torch.cuda, "Stream", StandInStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step_stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: used.append(x))
+
+    found = list(loader.batches_on_gpu())
+    for batch, usual in zip(found, loader.batches(), strict=True):
+        assert torch.equal(batch.images, usual.images)
+        assert torch.equal(batch.tokens, usual.tokens)
+    assert step_stream.calls == [1, 2, 3]
+    assert len(used) == 6  # images and tokens of each batch
+
+
+def gather_ids_of_batches(order, steps):
+    """-> [(global ids, gathers begun when the batch was yielded)]"""
+    loader = data.Loader(
+        order, 8, rank=dist.rank(), world_size=dist.world_size(), workers=0, num_steps=steps
+    )
+    found = []
+    for batch in data.with_global_ids(loader):
+        found.append((batch.global_ids, dist.calls["ids"]))
+    return found
+
+
+def test_ids_are_gathered_a_batch_ahead(expected):
+    order, (_, _, ids) = expected
+    for found in run_ranks(2, gather_ids_of_batches, order, 3):
+        for step, (global_ids, _) in enumerate(found):
+            assert torch.equal(global_ids, ids[step])
+        assert [gathers for _, gathers in found] == [2, 3, 3]
 
 
 def test_signals_do_not_end_workers(expected):

@@ -94,6 +94,7 @@ def fake_batch():
         lengths=torch.full((BATCH,), CAPTION),
         ids=torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
         bad={},
+        global_ids=torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
     )
 
 

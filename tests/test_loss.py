@@ -204,7 +204,7 @@ def run_kernel(name, equations, dtype=torch.float64, tile=0, duplicates=False):
     for step in range(STEPS):
         e1, e2, ids = batch(step, dist.world_size(), dist.rank(), duplicates)
         log_scale = -global_tau(step).log().to(dtype)
-        lookup = loss.lookup(ids)
+        lookup = loss.lookup(dist.all_gather(ids, "ids"))
         out = loss(
             e1.to(dtype),
             e2.to(dtype),
@@ -451,7 +451,8 @@ def run_with_gamma_per_sample():
     for _ in range(2):  # the same batch twice: gamma counts in the second step only
         e1, e2, ids = batch(0, dist.world_size(), dist.rank())
         gamma = torch.linspace(0.1, 1.0, B)
-        out = loss(e1 * 0.9, e2, -global_tau(0).log(), loss.lookup(ids), gamma)
+        lookup = loss.lookup(dist.all_gather(ids, "ids"))
+        out = loss(e1 * 0.9, e2, -global_tau(0).log(), lookup, gamma)
     return out, loss.state.table[:-1]
 
 
@@ -582,7 +583,7 @@ def peak_bytes(monkeypatch, local, world_size, tile, device):
     generator = torch.Generator().manual_seed(0)
     e1, e2 = F.normalize(torch.randn(2, local, 4, generator=generator), dim=-1).to(device)
     loss = ContrastiveLoss("fastclip-v3", local, device=device, tile=tile)
-    lookup = loss.lookup(torch.arange(local))
+    lookup = loss.lookup(torch.arange(local).repeat(world_size))
     log_scale = torch.tensor(3.0, device=device)
 
     if device == "cuda":
@@ -645,7 +646,7 @@ def compare_with_open_clip():
     value.backward()
 
     loss = ContrastiveLoss("openclip", N, dtype=torch.float64)
-    out = loss(e1, e2, scale.detach().log(), loss.lookup(ids))
+    out = loss(e1, e2, scale.detach().log(), loss.lookup(dist.all_gather(ids, "ids")))
     return Comparison(out, x1.grad, x2.grad, scale.grad * scale.detach(), value.detach())
 
 
@@ -675,7 +676,8 @@ def run_duplicates():
     objectives = []
     for step in range(3):
         e1, e2, ids = batch(step, dist.world_size(), dist.rank(), duplicates=True)
-        out = loss(e1, e2, torch.tensor(0.0), loss.lookup(ids), gamma=0.5, lr_tau=LR_TAU)
+        lookup = loss.lookup(dist.all_gather(ids, "ids"))
+        out = loss(e1, e2, torch.tensor(0.0), lookup, gamma=0.5, lr_tau=LR_TAU)
         objectives.append(out.objective)
     return loss.state.table[:-1], torch.stack(objectives)
 
@@ -741,7 +743,7 @@ def image_gradient_of_two_pairs():
     e = F.normalize(torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     b = 2 // dist.world_size()
     part = slice(dist.rank() * b, (dist.rank() + 1) * b)
-    lookup = loss.lookup(torch.arange(2)[part])
+    lookup = loss.lookup(torch.arange(2))
     return loss(e[0, part], e[1, part], torch.tensor(4.6), lookup, gamma=1.0).grad_image
 
 

@@ -257,6 +257,7 @@ def test_a_training_step_has_the_gradients_of_padded_captions(micro_batch):
         lengths=lengths,
         ids=torch.arange(8),
         bad={},
+        global_ids=torch.arange(8),
     )
     packed = gradients_of_a_training_step(packed_model, c, batch)
     padded = gradients_of_a_training_step(padded_model, c, batch)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import config
+import data
 import dist
 import eval as evaluation
 import shapes
@@ -279,7 +280,10 @@ def traffic_of_a_step(algorithm):
     loss = ContrastiveLoss(algorithm, 64)
     features = F.normalize(torch.randn(2, 8, 6), dim=-1)
     ids = torch.arange(8) + 8 * dist.rank()
-    loss(*features, torch.tensor(2.6), loss.lookup(ids))
+    batch = data.Batch(None, None, None, ids, {})
+
+    (batch,) = data.with_global_ids([batch], loss.algorithm.state)
+    loss(*features, torch.tensor(2.6), loss.lookup(batch.global_ids))
     return dict(dist.traffic)
 
 
