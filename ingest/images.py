@@ -35,6 +35,12 @@ from config import ConfigError
 
 IMAGES = {"jpg", "jpeg", "png", "webp"}
 
+# Images that people have among their data and that are not read.
+OTHER_IMAGES = {
+    *("svg", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif", "jpe", "jp2", "jxl"),
+    *("ico", "ppm", "pgm", "pnm", "tga", "psd", "eps"),
+}
+
 # A file of kilobytes can declare gigabytes of pixels.
 MAX_PIXELS = 100_000_000
 

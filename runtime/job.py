@@ -14,7 +14,7 @@ import torch
 import dist
 from config import ConfigError, stop_seconds
 from ingest import evaluation
-from ingest.index import load_index
+from ingest.index import load_index, warn_of_shared_shards
 from runtime import checkpoint
 from runtime.log import BadRun, Log
 from runtime.ranks import Vote, from_first_rank
@@ -125,9 +125,11 @@ class Job:
         """
         c = self.config
         self.start_from = self.once(checkpoint.find, c)
-        index = self.once(load_index, c.train_data, c.caption_key, count_remote=c.index_remote)
+        options = dict(caption_key=c.caption_key, allow_left_out=c.allow_left_out)
+        index = self.once(load_index, c.train_data, count_remote=c.index_remote, **options)
         if c.eval_data:
-            self.once(load_index, c.eval_data, c.caption_key, evaluation=True)
+            evaluated = self.once(load_index, c.eval_data, evaluation=True, **options)
+            from_first_rank(warn_of_shared_shards, index, evaluated)
             from_first_rank(evaluation.check, c)
         self.progress("start-up, making the model")
         return index

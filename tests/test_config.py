@@ -109,8 +109,12 @@ def test_help_lists_every_key():
 LAYERS = [  # from the bottom; a name without a dot stands for all files of a folder
     {"config"},
     {"dist"},
-    {"ingest.urls", "ingest.images", "ingest.tokenizer"},
+    {"ingest.images", "ingest.tokenizer"},
+    {"ingest.folders"},
+    {"ingest.urls"},
+    {"ingest.left_out"},
     {"ingest.tar"},
+    {"ingest.counting"},
     {"ingest.index"},
     {"ingest.reader"},
     {"ingest.workers"},
