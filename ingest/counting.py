@@ -12,6 +12,7 @@ import shlex
 import sys
 import tarfile
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
@@ -32,6 +33,15 @@ MAX_BAD = 0.01
 
 # A sizes.json of a million shards has 20 MB.
 MAX_SIZES_BYTES = 64 << 20
+
+# How files begin that hold a tar, or could, and are none.
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 THREADS = 8  # disks, commands and decoders work side by side
 
@@ -183,7 +193,7 @@ def count_samples(url, kinds, verify, caption_key, count_remote=True, sizes=None
         size = f" ({os.path.getsize(url)} bytes)" if os.path.exists(url) else ""
         raise ConfigError(
             f"{url}{size} is unreadable or damaged after {count} samples: {error}; "
-            "fetch it again, or leave it out"
+            f"{remedy_for(url)}"
         ) from error
 
     if verify:
@@ -205,12 +215,24 @@ def reason_against(files, caption_key):
     return ""
 
 
+def remedy_for(url):
+    """What to do about a shard that cannot be read."""
+    start = b""
+    if is_local(url):
+        with suppress(OSError), open(url, "rb") as f:
+            start = f.read(8)
+    for magic, program in COMPRESSED.items():
+        if start.startswith(magic):
+            return f"it is compressed ({program}), and a shard is a plain tar: unpack it"
+    return "fetch it again, or leave it out"
+
+
 def no_usable_sample(url, kinds, found):
     """The message about a shard without a usable sample. found: Counter of its extensions."""
     contents = [f"{number} {shown(extension)}" for extension, number in found.most_common(8)]
     message = (
-        f"{url} has no usable sample: one needs an image ({', '.join(sorted(IMAGES))}) and, of the "
-        f"same key, {' or '.join(kinds)}; it holds {', '.join(contents)}"
+        f"{url} has no usable sample: one needs an image ({', '.join(sorted(IMAGES))}) and, in the "
+        f"same folder and of the same name, {' or '.join(kinds)}; it holds {', '.join(contents)}"
     )
     if "json" in found and "json" not in kinds:
         message += "; set caption_key if captions are in KEY.json"

@@ -23,7 +23,7 @@ from urllib.request import url2pathname
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
-from config import ConfigError
+from config import ConfigError, nearest
 from ingest.folders import no_shards
 
 PIPE_TIMEOUT = 60  # seconds without a byte from a command before it is killed
@@ -142,6 +142,7 @@ def existing_files(pattern, names):
         check_is_one_pattern(pattern)
         raise ConfigError(
             f"{pattern} matches no file, as seen from {os.getcwd()}: correct the pattern"
+            f"{nearest_name(paths[0] if paths else pattern)}"
         )
     if missing:
         raise ConfigError(
@@ -152,6 +153,19 @@ def existing_files(pattern, names):
         if os.path.isdir(path):
             raise ConfigError(no_shards(path))
     return paths
+
+
+def nearest_name(path):
+    """A hint: the name spelt most alike in the place of that part of a path which is not there."""
+    parent, name = os.path.split(path.rstrip("/"))
+    if parent and not os.path.isdir(parent):
+        return nearest_name(parent)
+    if glob.has_magic(name):
+        return ""
+    try:
+        return nearest(name, os.listdir(parent or "."))
+    except OSError:
+        return ""
 
 
 def check_is_one_pattern(pattern):

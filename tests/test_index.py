@@ -229,6 +229,23 @@ def test_missing_files(tmp_path):
     refused("a{0..3.tar", "a{0..3.tar")
 
 
+def test_the_name_spelt_most_alike(tmp_path):
+    write_shards(tmp_path / "shards", (1,))
+    refused(f"{tmp_path}/shard/*.tar", "correct the pattern; did you mean 'shards'[?]")
+    refused(f"{tmp_path}/shard/x/0.tar", "did you mean 'shards'[?]")
+    refused(f"{tmp_path}/shards/0000.tar", "did you mean '00000.tar'[?]")
+    refused(f"{tmp_path}/shards/*.tgz", "correct the pattern$")
+
+
+@pytest.mark.parametrize("program", ["gzip", "bzip2", "xz"])
+def test_a_compressed_shard(tmp_path, program):
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+    (path,) = expand(write_shards(tmp_path, (2,)))
+    subprocess.run([program, path], check=True)
+    refused(f"{tmp_path}/0*", rf"it is compressed \({program}\), .* plain tar: unpack it")
+
+
 def test_files_that_are_no_tar(tmp_path):
     (tmp_path / "zero.tar").touch()
     (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(5000))
@@ -432,6 +449,10 @@ def test_a_shard_that_is_trained_on_and_evaluated_is_noted(tmp_path, capsys):
     index.warn_of_shared_shards(train, load_index((own, f"{tmp_path}/link.tar"), evaluation=True))
     expected = f"1 of the 2 shards in eval_data are in train_data, too, for example {tmp_path}/link"
     assert expected in capsys.readouterr().err
+
+    settings = dict(train_data=pattern, eval_data=pattern, out_dir=str(tmp_path / "run"))
+    helpers.refused("batch_size", **settings)
+    assert capsys.readouterr().err.count("warning: 3 of the 3 shards in eval_data") == 1
 
 
 # ---- statistics beside the shards ----
