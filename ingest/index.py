@@ -92,26 +92,22 @@ def load_index(
     if evaluation:
         kinds += ("cls",)
 
+    # All patterns are looked at before the first is counted, which may take long.
+    sources = []
+    for pattern in split_patterns(patterns):
+        urls = expand(pattern)
+        if caption_key:
+            check_caption_key(urls[0], kinds, caption_key)
+        place = path or index_file(urls[0], pattern, evaluation)
+        sources.append((pattern, urls, os.path.abspath(place)))
+    files = {place: IndexFile(place) for _, _, place in sources}
+
     counter = ShardCounter(kinds, caption_key, verify, count_remote or evaluation, progress)
-    files = {}  # path: IndexFile; several patterns may share one
-    parts = []
     try:
-        for pattern in split_patterns(patterns):
-            urls = expand(pattern)
-            if caption_key:
-                check_caption_key(urls[0], kinds, caption_key)
-
-            place = os.path.abspath(path or index_file(urls[0], pattern, evaluation))
-            if place not in files:
-                files[place] = IndexFile(place)
-            parts.append(files[place].count(counter, pattern, urls))
-
+        parts = [files[place].count(counter, pattern, urls) for pattern, urls, place in sources]
         counter.check()
         index = joined(parts, kinds)
-        named = ", ".join(split_patterns(patterns))
-        if not index.num_samples:
-            raise ConfigError(f"{named}: no usable sample in {len(index.shards)} shards")
-        check_share(named, index.left_out, index.num_samples, allow_left_out)
+        check_share(", ".join(split_patterns(patterns)), index, allow_left_out)
     except BaseException:
         # What was counted is kept, whatever ended the counting.
         for file in files.values():
@@ -128,12 +124,13 @@ def load_index(
 def joined(parts, kinds):
     """Indexes -> one Index of all their shards."""
     shards = []
+    counts = []
     left_out = Counter()
     for part in parts:
         shards += part.shards
+        counts += part.counts.tolist()
         left_out.update(part.left_out)
-    counts = np.concatenate([part.counts for part in parts])
-    return Index(shards, counts, kinds, left_out)
+    return Index(shards, np.array(counts, dtype=np.int64), kinds, left_out)
 
 
 def check_caption_key(url, kinds, caption_key):

@@ -119,13 +119,15 @@ def summary(counts):
     return ", ".join(f"{number:,} {text}" for text, number in counts.most_common())
 
 
-def check_share(patterns, counts, num_samples, allowed):
-    """ConfigError if more than the share `allowed` of what looks like samples is left out.
+def check_share(patterns, index, allowed):
+    """ConfigError if more than the share `allowed` of what looks like samples is left out, or all.
 
-    counts: of what is left out. num_samples: how many are usable.
+    patterns: where the shards of the index are, for the message.
     """
-    number = counts.total()
-    total = number + num_samples
+    number = index.left_out.total()
+    total = number + index.num_samples
+    if not index.num_samples:
+        raise ConfigError(f"{patterns}: no usable sample in {len(index.shards)} shards")
     share = number / total
     if share <= allowed:
         return
@@ -134,7 +136,7 @@ def check_share(patterns, counts, num_samples, allowed):
         f"{patterns}: {number:,} of {total:,} samples ({share:.1%}) would be left out, more than "
         f"allow_left_out = {allowed:g}:"
     ]
-    for text, count in counts.most_common():
+    for text, count in index.left_out.most_common():
         line = f"{count:,} {text}"
         reason = text.partition(" ")[2]
         if reason in REMEDIES:  # an older index may word it differently

@@ -219,6 +219,13 @@ def test_folders_with_similar_names_have_their_own_files_in_the_cache(tmp_path, 
 # ---- refusals ----
 
 
+def test_all_patterns_are_looked_at_before_one_is_counted(tmp_path, counted):
+    good = write_shards(tmp_path / "a", (3,))
+    refused((good, f"{tmp_path}/none.tar"), "none.tar matches no file")
+    assert counted == []
+    assert os.listdir(tmp_path / "a") == ["00000.tar"]
+
+
 def test_missing_files(tmp_path):
     pattern = write_shards(tmp_path / "a", (3, 3, 3))
     refused(str(tmp_path / "none*.tar"), "matches no file")
