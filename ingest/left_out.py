@@ -31,7 +31,8 @@ REMEDIES = {
     DOTS: "a key ends at the first dot, so rename the files",
 }
 
-# So many keys of a shard are remembered, at most: a stranger's shard must not fill the memory.
+# So many keys of a shard are remembered, at most, and only their hashes: a stranger's shard may
+# have many keys, and long ones.
 MAX_KEYS = 1_000_000
 
 
@@ -48,7 +49,7 @@ class LeftOut:
         self.counts = Counter()
         self.num_torn = 0
 
-        # Keys that had an image and no caption so far, and the reverse.
+        # Hashes of the keys that had an image and no caption so far, and the reverse.
         self.images = set()
         self.captions = set()
 
@@ -88,10 +89,11 @@ class LeftOut:
         return NO_CAPTION
 
     def remember(self, key, own, other):
-        if key in other:
+        """Remember a key that has one half of a sample; count it if the other half came before."""
+        if hash(key) in other:
             self.num_torn += 1
         elif len(own) < MAX_KEYS:
-            own.add(key)
+            own.add(hash(key))
 
 
 def dotted_images(extensions):
