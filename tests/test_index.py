@@ -20,7 +20,6 @@ import webdataset
 
 import helpers
 from config import ConfigError, or_exit
-from conftest import ROOT
 from ingest import index, urls
 from ingest.counting import count_samples
 from ingest.images import BadSample
@@ -310,16 +309,14 @@ def test_shards_without_usable_samples(tmp_path):
 # ---- the command line ----
 
 
-def command_line(*words):
-    """Run `python -m ingest.index` as a user does -> CompletedProcess."""
-    command = [sys.executable, "-m", "ingest.index", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_command_line(tmp_path, capsys):
     pattern = write_shards(tmp_path / "a", (4, 4))
     out = tmp_path / "out.json"
-    result = command_line(pattern, "--verify", f"--out={out}")
+    result = subprocess.run(
+        [sys.executable, "-m", "ingest.index", pattern, "--verify", f"--out={out}"],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0
     assert "8 samples in 2 shards" in result.stdout
     assert "00001.tar: 4 samples, bad: none" in result.stdout
@@ -357,10 +354,11 @@ def test_verify_fails_if_samples_are_bad(tmp_path, capsys):
 @pytest.mark.parametrize("options", [[], ["--verify"]], ids=str)
 def test_a_mistyped_caption_key_is_named_at_indexing(tmp_path, options):
     pattern = write_shards(tmp_path / "a", (4, 4))
-    result = command_line(pattern, "--caption_key", "text", *options)
-    assert result.returncode == 1
-    assert "none of the first 4 samples has the caption_key 'text'" in result.stderr
-    assert "they have texts; did you mean 'texts'?" in result.stderr
+    with pytest.raises(SystemExit) as error:  # with a text, so that the exit status is 1
+        or_exit(index.main, [pattern, "--caption_key", "text", *options])
+    message = error.value.code
+    assert "none of the first 4 samples has the caption_key 'text'" in message
+    assert "they have texts; did you mean 'texts'?" in message
     assert not (tmp_path / "a" / "index.json").exists()
 
 
