@@ -148,8 +148,8 @@ def read_class_names(path):
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         print(
-            f"warning: {path} names {len(twice)} classes more than once, for example {twice[0]!r}: "
-            "zero-shot classification cannot tell them apart",
+            f"warning: {path} has names that occur twice: {', '.join(map(repr, twice[:4]))}; "
+            "zero-shot classification cannot tell such classes apart",
             file=sys.stderr,
             flush=True,
         )
