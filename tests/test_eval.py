@@ -256,20 +256,31 @@ def test_progress_is_shown(tmp_path, monkeypatch, capsys):
     assert "evaluating, images" in err
 
 
-def test_files_of_an_evaluation_are_never_half_written(tmp_path, monkeypatch):
-    def full_disk(rows, path):
-        with open(path, "wb") as f:
-            f.write(b"half")
+def read_files(folder):
+    return {name: (folder / name).read_bytes() for name in ("eval.json", "retrieval.png")}
+
+
+@pytest.mark.parametrize("function", ["json.dump", "runtime.plots.draw_found"])
+def test_files_of_an_evaluation_are_never_half_written(tmp_path, monkeypatch, capsys, function):
+    """On a full disk the old ones stay. Without eval.json it counts as failed."""
+
+    def full_disk(content, file, **options):
+        with open(getattr(file, "name", file), "w") as f:
+            f.write("half")
         raise OSError(28, "No space left on device")
 
     pattern = write_tar(tmp_path / "0.tar", sample(0) + sample(1))
-    evaluate(pattern, str(tmp_path / "run"))
-    before = (tmp_path / "run" / "retrieval.png").read_bytes()
+    results = evaluate(pattern, str(tmp_path / "run"))
+    before = read_files(tmp_path / "run")
 
-    monkeypatch.setattr("runtime.plots.draw_found", full_disk)
-    with pytest.raises(ConfigError, match="run' cannot be written: .*No space left"):
-        evaluate(pattern, str(tmp_path / "run"))
-    assert (tmp_path / "run" / "retrieval.png").read_bytes() == before
+    monkeypatch.setattr(function, full_disk)
+    if function == "json.dump":
+        with pytest.raises(ConfigError, match="eval.json cannot be written: No space left"):
+            evaluate(pattern, str(tmp_path / "run"))
+    else:
+        assert evaluate(pattern, str(tmp_path / "run")) == results
+        assert "retrieval.png could not be drawn: OSError" in capsys.readouterr().out
+    assert read_files(tmp_path / "run") == before
 
 
 # ---- reading a set ----
