@@ -499,10 +499,11 @@ def why_not_evaluable(path):
 
 
 def nearest_folder(path):
-    """A hint at the run or checkpoint whose folder, in `path` or beside it, is spelt most alike."""
+    """A hint at the run or checkpoint, around `path`, whose folder is spelt most alike."""
     path = os.path.normpath(path)
-    found = []
-    for place in (path, os.path.dirname(path)):
+    above = os.path.dirname(path)
+    found = [above]
+    for place in (path, above):
         if os.path.isdir(place or "."):
             found += [os.path.join(place, name) for name in os.listdir(place or ".")]
 
@@ -522,6 +523,10 @@ def load_config(folder, argv):
         if key in configs.HINTS:  # an older checkpoint may have settings that are gone
             words.append(f"--{key}={value!r}")
     words.append(f"--out_dir={argv[0]}")
+
+    for word in argv[1:]:
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected word {word!r}: after the folder come only --key=value")
 
     c = configs.load(words + argv[1:])
     if not c.eval_data:

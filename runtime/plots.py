@@ -209,8 +209,8 @@ def drawable(texts):
     packages = sorted({package_for(character) for character in missing} - {""})
     if packages:
         print(
-            f"{len(missing)} characters are in no installed font and missing from the picture: "
-            f"install the package {' and '.join(packages)} (names as in Debian and Ubuntu)",
+            f"the picture lacks characters that no installed font has: install "
+            f"{' and '.join(packages)} (packages of Debian and Ubuntu)",
             flush=True,
         )
     return texts, families

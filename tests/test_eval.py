@@ -516,7 +516,7 @@ def write_checkpoint(folder):
         ("plain", "'.*plain' is neither a run .* nor a checkpoint .*mean '.*/emoji_v3'"),
         ("", "'.*/' is neither a run .* nor a checkpoint .*mean '.*/emoji_v3'"),
         ("emoji_v3/checkpoints", "is neither a run .*mean '.*/step-00000004'"),
-        ("emoji_v3/checkpoints/step-00000004/model.pt", "is a file: give the folder"),
+        ("emoji_v3/checkpoints/step-00000004/model.pt", "is a file.*mean '.*/step-00000004'"),
         ("elsewhere/run", "no folder '.*elsewhere/run'$"),
     ],
 )
@@ -541,12 +541,13 @@ def test_a_damaged_checkpoint_is_not_evaluated(tmp_path):
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(
-    tmp_path, sets, monkeypatch
-):
+def test_wrong_words_and_folders_are_refused_before_the_evaluation(tmp_path, sets, monkeypatch):
     run = str(tmp_path / "run")
     train(run, sets, max_steps=1)
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: pytest.fail("evaluated"))
+
+    with pytest.raises(ConfigError, match="unexpected word '0.tar': after the folder"):
+        evaluation.main([run, "0.tar"])
 
     (tmp_path / "file").write_text("")
     words = words_of(run, device="cpu", eval_data=sets["eval_data"])
