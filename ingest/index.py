@@ -68,7 +68,6 @@ def load_index(
     path=None,
     count_remote=False,
     allow_left_out=Config.allow_left_out,
-    quiet=False,
     progress=lambda where: None,
 ):
     """Patterns of shards -> Index.
@@ -81,7 +80,7 @@ def load_index(
     do as well. verify: decode every sample and print the bad ones. count_remote: count remote
     shards without statistics by reading them through; evaluation sets, which are read whole
     anyway, are counted in any case. allow_left_out: the share of what looks like samples (see
-    ingest/left_out.py) that may be unusable. quiet: do not print what is left out.
+    ingest/left_out.py) that may be unusable.
     progress(where) is called as the work goes on.
 
     Raises ConfigError: shards that are missing, unreadable, damaged (up to ten are named), without
@@ -107,7 +106,8 @@ def load_index(
         parts = [files[place].count(counter, pattern, urls) for pattern, urls, place in sources]
         counter.check()
         index = joined(parts, kinds)
-        check_share(", ".join(split_patterns(patterns)), index, allow_left_out)
+        named = ", ".join(split_patterns(patterns))
+        check_share(named, index, allow_left_out)
     except BaseException:
         # What was counted is kept, whatever ended the counting.
         for file in files.values():
@@ -116,8 +116,8 @@ def load_index(
 
     for file in files.values():
         file.accept()
-    if index.left_out and not quiet:
-        print(f"left out: {summary(index.left_out)}", file=sys.stderr)
+    if index.left_out:
+        print(f"left out of {named}: {summary(index.left_out)}", file=sys.stderr)
     return index
 
 

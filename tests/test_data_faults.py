@@ -370,15 +370,12 @@ def test_what_is_left_out_is_said_at_each_start(tmp_path, capsys):
     without_text = {"txt": None, "json": None}
     without_image = {"jpg": None, "png": None, "webp": None}
     pattern = write_shards(tmp_path, (8, 8), s3=without_text, s9=without_text, s1=without_image)
-    expected = "left out: 2 jpg without caption, 1 txt without image\n"
+    expected = f"left out of {pattern}: 2 jpg without caption, 1 txt without image\n"
     for _ in range(2):
         index = load_index(pattern, allow_left_out=0.2)
         assert index.num_samples == 13
         assert index.left_out.total() == 3
         assert capsys.readouterr().err.count(expected) == 1
-
-    assert load_index(pattern, allow_left_out=0.2, quiet=True).num_samples == 13
-    assert "left out" not in capsys.readouterr().err
 
 
 def test_a_set_of_which_too_much_is_left_out_is_refused_at_each_start(tmp_path):
