@@ -12,11 +12,11 @@ import time
 import torch
 
 import dist
-from config import ConfigError, stop_seconds
+from config import BadRun, ConfigError, stop_seconds
 from ingest import evaluation
 from ingest.index import load_index
 from runtime import checkpoint
-from runtime.log import BadRun, Log
+from runtime.log import Log, check_packages
 from runtime.ranks import Vote, from_first_rank
 from runtime.watchdog import LEAVING, Watchdog, end_with_torchrun
 
@@ -80,6 +80,7 @@ class Job:
         self.device = dist.init(c.device, c.timeout)
         self.watchdog = Watchdog(c.timeout)
         check_batch_size(c, dist.world_size())
+        from_first_rank(check_packages, c)
         self.lock = from_first_rank(checkpoint.lock_folder, c.out_dir)
 
     def fail(self, error):
@@ -125,6 +126,8 @@ class Job:
         """
         c = self.config
         self.start_from = self.once(checkpoint.find, c)
+        if self.start_from:
+            from_first_rank(checkpoint.check_settings, self.start_from, c)
         index = self.once(load_index, c.train_data, c.caption_key, count_remote=c.index_remote)
         if c.eval_data:
             self.once(load_index, c.eval_data, c.caption_key, evaluation=True)
