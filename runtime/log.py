@@ -28,7 +28,7 @@ PRINT_SECONDS = 10  # between two lines of progress, where there is no terminal
 # of their warm-up. With a large batch, too, little is asked of the model: the similarity of a
 # positive must exceed that of the negatives by 0.01 ln(B) TAU_REFERENCE, 0.008 for B = 65,536.
 CHANCE_SHARE = 0.99
-LOOK_AFTER = 1000  # steps after the warm-up, or a quarter of what is left then, if that is less
+LOOK_AFTER = 1000  # steps after the warm-up, or half of those left then, if that is less
 LOOK_AT = 10  # the mean of the last so many reports
 
 NOT_LEARNING = (
@@ -76,7 +76,7 @@ class Log:
 
         # mbcl of the last reports, once it should be below chance.
         steps_after_warmup = max(0, t.total_steps - c.warmup_steps)
-        self.look_from = c.warmup_steps + min(steps_after_warmup // 4, LOOK_AFTER)
+        self.look_from = c.warmup_steps + min(steps_after_warmup // 2, LOOK_AFTER)
         self.recent_mbcl = deque(maxlen=LOOK_AT)
         self.has_warned = False
 

@@ -170,7 +170,7 @@ def test_a_user_sees_one_line(tmp_path, sets):
         (dict(micro_batch=24), ["multiple of 1 ranks x micro_batch = 24"]),
         (dict(model="ViT-B-23"), ["unknown model 'ViT-B-23'", "ViT-B-32"]),
         (dict(image_size=100), ["100", "8"]),
-        (dict(resume="nothing"), ["is no checkpoint"]),
+        (dict(resume="nothing"), ["'nothing' does not exist"]),
     ],
     ids=str,
 )
@@ -272,6 +272,14 @@ def test_plan_refuses_a_set_that_fills_no_batch():
     path = os.path.join(ROOT, "configs", "cc3m_v3.py")
     with pytest.raises(config.ConfigError, match="100 samples do not fill"):
         training.main([path, "--plan=True", "--train_samples=100"])
+
+
+def test_plan_warns_of_a_long_warm_up(capsys):
+    path = os.path.join(ROOT, "configs", "cc3m_v3.py")
+    training.main([path, "--plan=True"])
+    assert "warning" not in capsys.readouterr().out
+    training.main([path, "--plan=True", "--max_steps=20000"])
+    assert "warmup_steps = 10000 of 20000 steps is more than a third" in capsys.readouterr().out
 
 
 def traffic_of_a_step(algorithm):
