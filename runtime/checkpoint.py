@@ -507,11 +507,14 @@ def find(config, names=None, progress=lambda where: None):
     if a new run would be written over an old one.
     """
     root = os.path.join(config.out_dir, "checkpoints")
+    requested = "" if config.resume in ("auto", "none") else config.resume.rstrip("/")
+    if requested and not os.path.isdir(requested):
+        raise ConfigError(f"resume = {requested!r} does not exist{describe_nearby(requested)}")
     if steps(root) and not names:
         check_not_overwritten(config, root, steps(root)[0])
 
-    if config.resume not in ("auto", "none"):
-        return find_requested(config.resume.rstrip("/"), names, progress)
+    if requested:
+        return find_requested(requested, names, progress)
     if steps(root):
         return find_newest(root, names, progress)
     return None
@@ -522,6 +525,7 @@ def check_not_overwritten(config, root, newest):
     if config.resume == "auto":
         return
     if config.resume != "none":
+        # A checkpoint of out_dir, its folder of checkpoints, or out_dir itself.
         requested = os.path.abspath(config.resume)
         own = os.path.abspath(root)
         if own in (requested, os.path.dirname(requested), os.path.join(requested, "checkpoints")):
@@ -537,11 +541,9 @@ def find_requested(folder, names, progress):
     for root in (folder, os.path.join(folder, "checkpoints")):
         if steps(root):
             newest = find_newest(root, names, progress)
-            print(f"resume = {folder}: the newest checkpoint in it is {newest}", flush=True)
+            print(f"resume = {folder!r}: its newest checkpoint is {newest}", flush=True)
             return newest
 
-    if not os.path.isdir(folder):
-        raise ConfigError(f"resume = {folder!r} does not exist{describe_nearby(folder)}")
     wrong = verify(folder, names, progress)
     if wrong:
         raise ConfigError(f"{folder} cannot be used: {wrong}; use another checkpoint")

@@ -115,7 +115,7 @@ class Log:
         )
 
         warning = c.long_warmup(t.total_steps)
-        if warning:
+        if warning and step < c.warmup_steps:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
 
         self.bar = tqdm(

@@ -249,7 +249,7 @@ def test_resume_from_a_run_takes_its_newest_checkpoint(tmp_path, finished, sets,
     new = str(tmp_path / "new")
     rows = train(new, sets, max_steps=3, resume=resume)
     assert [row["step"] for row in rows] == [3]
-    said = "the newest checkpoint in it is" in capsys.readouterr().out
+    said = "its newest checkpoint is" in capsys.readouterr().out
     assert said == ("step" not in folder)
 
     rows = train(finished["out_dir"], sets, max_steps=3, resume=resume)
@@ -262,6 +262,8 @@ def test_a_folder_that_is_not_there_is_answered_by_those_that_are(tmp_path, fini
     refused("does not exist; ", "holds step-00000002", **new, resume=f"{out}/checkpoints/step-3")
     refused("did you mean", f"{out}'?", **new, resume=out + "x")
     os.makedirs(tmp_path / "empty")
+    # In out_dir itself, too, where another run's checkpoint would be refused.
+    refused("does not exist; ", **finished, resume=f"{out}/checkpoints/step-3")
     refused("SHA256SUMS is missing", **new, resume=str(tmp_path / "empty"))
 
 
