@@ -247,15 +247,14 @@ JOB_KEYS = ("out_dir", "resume", "resume_changes", "stop_after", "plan")
 OTHER_WORDS = {
     # data
     "train-num-samples": "--train_samples=N, for --plan alone: a run counts the samples itself",
-    "data_size": "not needed: the u-state is as large as the index of train_data",
-    "data-size": "not needed: the u-state is as large as the index of train_data",
+    "data_size": "not needed, the u-state is as large as the index of train_data",
     "val-data": "--eval_data=PATTERN, tar shards",
     "imagenet-val": "--eval_data=PATTERN, tar shards with classnames.txt (docs/data.md)",
     "imagenet-v2": "--eval_data=PATTERN, tar shards with classnames.txt (docs/data.md)",
     "zeroshot-frequency": "--eval_steps=N, in steps",
     "val-frequency": "--eval_steps=N, in steps",
-    "dataset-type": "not needed: the data are always tar shards, as in webdataset",
-    "dataset-resampled": "not needed: an epoch sees every sample once",
+    "dataset-type": "not needed, the data are always tar shards, as in webdataset",
+    "dataset-resampled": "not needed, an epoch sees every sample once",
     "csv-caption-key": "--caption_key=KEY, of the JSON beside each image",
     "aug-cfg": "--crop_scale='(0.9, 1)'",
     # model
@@ -272,9 +271,9 @@ OTHER_WORDS = {
     "opt": "--optimizer=NAME",
     "momentum": "--beta1=X",
     "grad-clip-norm": "--grad_clip=X",
-    "lr-scheduler": "not needed: it is always a warm-up and a cosine, see optim.py",
+    "lr-scheduler": "not needed, it is always a warm-up and a cosine, see optim.py",
     "lr-cooldown-end": "--lr_min=X",
-    "skip-scheduler": "not needed: write a constant learning rate into optim.lr",
+    "skip-scheduler": "not needed, write a constant learning rate into optim.lr",
     # method
     "fastclip": "--algorithm=fastclip-v3 (openclip, sogclr, isogclr, fastclip-v0 to -v3)",
     "temperature": "--tau_init=X",
@@ -286,20 +285,20 @@ OTHER_WORDS = {
     "name": "--out_dir=FOLDER",
     "logs": "--out_dir=FOLDER",
     "save-frequency": "--save_steps=N, in steps; an epoch by default",
-    "save-most-recent": "not needed: --keep=N says how many of the newest checkpoints stay",
+    "save-most-recent": "not needed, --keep=N says how many of the newest checkpoints stay",
     "delete-previous-checkpoint": "--keep=N, how many of the newest checkpoints stay",
     "log-every-n-steps": "--log_steps=N",
     "report-to": "--tensorboard=True, or --wandb=PROJECT",
     "wandb-project-name": "--wandb=PROJECT",
-    "profile": "not needed here: python -m bench measures a step",
+    "profile": "not needed, python -m bench measures a step",
     # machine
-    "local-loss": "not needed: each rank always computes the loss of its own rows",
-    "gather-with-grad": "not needed: the gradient of the loss is written out, and always exact",
-    "dist-backend": "not needed: nccl for GPUs, gloo for CPUs",
-    "dist-url": "not needed: torchrun says it",
-    "horovod": "not needed: torchrun starts the ranks",
+    "local-loss": "not needed, each rank always computes the loss of its own rows",
+    "gather-with-grad": "not needed, the gradient of the loss is written out, and always exact",
+    "dist-backend": "not needed, nccl for GPUs, gloo for CPUs",
+    "dist-url": "not needed, torchrun says it",
+    "horovod": "not needed, torchrun starts the ranks",
     "use-bn-sync": "there is none; --vision_norm=group has no statistics across samples",
-    "ddp-static-graph": "not needed: gradients are reduced by dist.GradReducer",
+    "ddp-static-graph": "not needed, gradients are reduced by dist.GradReducer",
 }
 # fmt: on
 
@@ -344,7 +343,7 @@ def split_option(word, rest):
     spelt, equals, text = word[2:].partition("=")
     if spelt in OTHER_WORDS:
         raise ConfigError(
-            f"--{spelt} is an option of open_clip or of the published FastCLIP code; here: "
+            f"--{spelt} is an option of open_clip or of the published FastCLIP code. Here: "
             f"{OTHER_WORDS[spelt]}"
         )
 
@@ -371,11 +370,11 @@ def read(path, readers=()):
         raise ConfigError(f"no config file {path!r}{nearest_config(path)}")
 
     names = {}
-    with open(path, encoding="utf-8") as f:
-        try:
+    try:
+        with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
-        except Exception as error:
-            raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     assigned = {key: value for key, value in names.items() if is_option(key, value)}
 
     values = {}
@@ -409,7 +408,7 @@ def nearest_config(path):
         found += files_beside(path)
     paths = {os.path.basename(file): file for file in found if file.endswith(".py")}
 
-    name = os.path.basename(path).removesuffix(".py") + ".py"
+    name = os.path.basename(path.rstrip("/")).removesuffix(".py") + ".py"
     near = difflib.get_close_matches(name, paths, 1)
     return f"; did you mean {paths[near[0]]!r}?" if near else f"; there are some in {configs}/"
 
@@ -583,8 +582,8 @@ def writing_to(out_dir):
         yield
     except OSError as error:
         raise ConfigError(
-            f"out_dir = {out_dir!r} cannot be written: {error.strerror or error}; make room or "
-            "give leave to write there, or choose another --out_dir"
+            f"out_dir = {out_dir!r} cannot be written: {error.strerror or error}; make "
+            "room, or allow writing there, or choose another --out_dir"
         ) from error
 
 

@@ -507,8 +507,8 @@ def find(config, names=None, progress=lambda where: None):
     if a new run would be written over an old one.
     """
     root = os.path.join(config.out_dir, "checkpoints")
-    requested = "" if config.resume in ("auto", "none") else config.resume.rstrip("/")
-    if requested and not os.path.isdir(requested):
+    requested = None if config.resume in ("auto", "none") else config.resume.rstrip("/")
+    if requested is not None and not os.path.isdir(requested):
         raise ConfigError(f"resume = {requested!r} does not exist{describe_nearby(requested)}")
     if steps(root) and not names:
         check_not_overwritten(config, root, steps(root)[0])
@@ -555,8 +555,9 @@ def describe_nearby(folder):
     parent = os.path.dirname(folder)
     if steps(parent):
         return f"; {parent} holds {', '.join(steps(parent))}"
-    return nearest(folder, files_beside(folder)) or (
-        "; name a checkpoint (runs/NAME/checkpoints/step-00001000) or the folder of a run"
+    runs = [path for path in files_beside(folder) if steps(os.path.join(path, "checkpoints"))]
+    return nearest(folder, runs) or (
+        "; it is auto, a checkpoint (runs/NAME/checkpoints/step-00001000) or the folder of a run"
     )
 
 
@@ -744,26 +745,24 @@ def check_settings(path, config):
     Raises ConfigError for a key of FIXED_KEYS, and for METHOD_KEYS unless config.resume_changes.
     It reads little, so that it can come before anything is allocated.
     """
-    changes = changed_settings(path, config)
-    for key in FIXED_KEYS:
-        if key in changes:
-            there, here = changes[key]
-            raise ConfigError(
-                f"{path} was trained with {key} = {there!r}, this run has {here!r}; a continued "
-                "run cannot change it"
-            )
+    changes = {}
+    for key, (there, here) in changed_settings(path, config).items():
+        changes[key] = f"{key}: {there!r} -> {here!r}"
 
-    sentences = {}
-    for key, (there, here) in changes.items():
-        sentences[key] = f"{key}: {there!r} -> {here!r}"
-    method = [sentences[key] for key in METHOD_KEYS if key in sentences]
+    fixed = [changes[key] for key in FIXED_KEYS if key in changes]
+    if fixed:
+        raise ConfigError(
+            f"{path} was trained with other settings, which a continued run cannot change "
+            f"({'; '.join(fixed)}): put them back, or start a new run"
+        )
+    method = [changes[key] for key in METHOD_KEYS if key in changes]
     if method and not config.resume_changes:
         raise ConfigError(
             f"{path} was trained with other settings of the method ({'; '.join(method)}): put them "
             "back, or continue with the new ones by --resume_changes=True"
         )
-    for sentence in sentences.values():
-        print(f"changed since {path}: {sentence}", flush=True)
+    for change in changes.values():
+        print(f"changed since {path}: {change}", flush=True)
 
 
 def check_data(path, train, config, fingerprint):

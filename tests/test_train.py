@@ -170,7 +170,7 @@ def test_a_user_sees_one_line(tmp_path, sets):
         (dict(micro_batch=24), ["multiple of 1 ranks x micro_batch = 24"]),
         (dict(model="ViT-B-23"), ["unknown model 'ViT-B-23'", "ViT-B-32"]),
         (dict(image_size=100), ["100", "8"]),
-        (dict(resume="nothing"), ["'nothing' does not exist"]),
+        (dict(resume="nothing"), ["'nothing' does not exist; it is auto,"]),
     ],
     ids=str,
 )
@@ -245,7 +245,8 @@ def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, sets):
     refused("already holds a run", "--resume=auto", **base)
     difference = "vision_width = 64 there, 128 here"
     refused("another model", difference, **base, resume="auto", vision_width=128)
-    refused("algorithm = 'fastclip-v3'", **base, resume="auto", algorithm="openclip")
+    difference = "algorithm: 'fastclip-v3' -> 'openclip'"
+    refused("cannot change", difference, **base, resume="auto", algorithm="openclip")
 
     os.truncate(os.path.join(out, "checkpoints", "step-00000002", "train.pt"), 1000)
     refused("train.pt is not what was written (1000 bytes", **base, resume="auto")
