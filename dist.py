@@ -138,18 +138,32 @@ def all_reduce(x, purpose):
     return c10d.all_reduce(x, async_op=True)
 
 
-def all_gather_objects(x):
+def all_gather_objects(x, group=None):
     """One picklable object of every rank -> list of them, in rank order.
 
-    For evaluation and checks, not for the training step.
+    For evaluation and checks, not for the training step. group: of background_group(), if this is
+    called in a thread; None: the process group of the main thread.
     """
     if world_size() == 1:
         return [x]
-    calls["objects"] += 1
+    if group is None:
+        calls["objects"] += 1
 
     out = [None] * world_size()
-    c10d.all_gather_object(out, x)
+    c10d.all_gather_object(out, x, group)
     return out
+
+
+def background_group():
+    """All ranks call this -> a second process group, for one thread beside the training.
+
+    Collectives of a group must begin in the same order on all ranks. So a thread that works at its
+    own pace needs a group of its own. Its collectives wait for each other for up to a day: ranks
+    may write to a slow disk for long, and one that has died is reported by the watchdog.
+    """
+    if world_size() == 1:
+        return None
+    return c10d.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
 def num_bytes(x):

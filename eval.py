@@ -12,21 +12,24 @@ import contextlib
 import json
 import os
 import sys
-import textwrap
+import tempfile
+import time
 from collections import Counter
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import config as configs
 import dist
 import model as models
 from config import ConfigError
-from ingest.evaluation import class_list, read_samples
+from ingest.evaluation import load_set, read_images, read_samples
 from ingest.tokenizer import Tokenizer
-from runtime import checkpoint, hardware, ranks
+from runtime import checkpoint, hardware, plots, ranks
 
 USAGE = """usage: python eval.py RUN_OR_CHECKPOINT [--key=value ...]
 the options are those of train.py; here matter --eval_data, --eval_batch, --caption_key, --out_dir,
@@ -35,6 +38,8 @@ the options are those of train.py; here matter --eval_data, --eval_batch, --capt
 QUERIES_AT_ONCE = 1024  # whose similarities to all targets are in memory together
 QUERIES_SHOWN = 8  # rows of the picture
 IMAGES_SHOWN = 5  # beside each query
+
+PRINT_SECONDS = 10  # between two lines of progress, where there is no terminal
 
 
 class EncodedImages(NamedTuple):
@@ -72,32 +77,46 @@ class Queries(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model, c, device, autocast=contextlib.nullcontext, picture=False, progress=lambda where: None
+    model,
+    c,
+    device,
+    autocast=contextlib.nullcontext,
+    picture=False,
+    progress=lambda where: None,
+    stop=lambda: False,
 ):
     """Evaluate the model on the set c.eval_data -> {name: share, 0 to 1}, the same on every rank.
 
     All ranks must call it. autocast() makes the context in which the towers run. With `picture`,
     rank 0 also writes eval.json and retrieval.png into c.out_dir. progress(where) is called with a
-    line about each step of the work. Leaves the model in eval mode. Raises ConfigError for a set
-    without classes and captions, and for class numbers that the class list does not reach.
+    line about each step of the work. Leaves the model in eval mode.
+
+    stop() says whether this rank was asked to stop. Once it is true on any rank, all ranks raise
+    ranks.Interrupted after the batch at hand, and nothing is written. Raises ConfigError, on rank 0
+    or on all, for what load_set refuses, for a set without classes and captions, for class numbers
+    that the class list does not reach, and for an eval.json that cannot be written.
     """
+    watch = partial(watched, progress=progress, stop=stop)
 
     def encode(texts):
-        return encode_texts(texts, model, c, device, autocast, progress)
+        return encode_texts(texts, model, c, device, autocast, watch)
 
     model.eval()
 
-    images = encode_images(model, c, device, autocast, progress)
-    if images.bad and dist.rank() == 0:
-        print(f"left out of {c.eval_data[0]}: {images.bad}", flush=True)
+    data = ranks.from_first_rank(load_set, c, progress=progress, waiting=progress)
+    images = encode_images(data.index, model, c, device, autocast, watch)
+    if images.bad:
+        say(f"left out of {c.eval_data[0]}: {images.bad}")
 
     results = {}
     queries = None  # what the picture shows: class names or, without classes, captions
 
     # Zero-shot classification, if every image has a class and there is a list of class names.
-    names, templates = class_list(c)
-    if names and None not in images.classes:
-        queries = class_queries(names, templates, images, encode, c)
+    reason = why_no_zero_shot(data.names, images.classes)
+    if reason:
+        say(f"no zero-shot classification on {c.eval_data[0]}: {reason}")
+    elif data.names:
+        queries = class_queries(data.names, data.templates, images, encode, c)
         classes = torch.tensor(images.classes, device=device)  # (n,)
         results.update(zero_shot(images.features, queries.features, classes))
 
@@ -115,13 +134,63 @@ def evaluate(
         )
 
     if picture:
-        rows = picture_rows(images, queries, model.image_size, c, progress)
-        if dist.rank() == 0:
-            os.makedirs(c.out_dir, exist_ok=True)
-            write_results(os.path.join(c.out_dir, "eval.json"), c, images, queries, results)
-            draw(os.path.join(c.out_dir, "retrieval.png"), rows)
+        rows = picture_rows(data.index, images, queries, model.image_size, c, watch)
+        content = report(data, images, queries, results, c)
+        ranks.from_first_rank(write_files, c.out_dir, content, rows)
 
     return results
+
+
+def say(line):
+    """Print a line once, not by every rank."""
+    if dist.rank() == 0:
+        print(line, flush=True)
+
+
+def watched(batches, what, total, size, progress, stop):
+    """Yield a rank's batches, so that all ranks leave them together, and show how far they are.
+
+    what: "images", for example; total: their number, on all ranks; size: of a batch. progress and
+    stop are those of evaluate, and ranks.Interrupted is raised as there.
+    """
+    shows = dist.rank() == 0
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(
+        desc=f"evaluating, {what}",
+        total=total,
+        disable=not (shows and on_terminal),
+        leave=False,
+        dynamic_ncols=True,
+    )
+    done = 0
+    printed_at = time.monotonic()
+
+    with bar:
+        for batch in ranks.interruptible(batches, stop):
+            progress(f"evaluation, {done:,} of {total:,} {what}")
+            yield batch
+
+            # All ranks are at the same batch. The last ones are smaller.
+            done = min(total, done + size * dist.world_size())
+            bar.update(done - bar.n)
+
+            now = time.monotonic()
+            if shows and not on_terminal and now - printed_at > PRINT_SECONDS:
+                print(f"evaluating: {done:,} of {total:,} {what}", flush=True)
+                printed_at = now
+
+
+def why_no_zero_shot(names, classes):
+    """Why a set with some classes, or some class names, cannot be classified; "" if it can be.
+
+    names: of the classes; classes: of the images, int or None.
+    """
+    without = classes.count(None)
+    if names and without:
+        return f"{without:,} of {len(classes):,} images have no class (KEY.cls)"
+    if not names and without < len(classes):
+        return "there is no classnames.txt beside the shards or in the folder above"
+    return ""
 
 
 def class_queries(names, templates, images, encode, c):
@@ -162,15 +231,23 @@ def caption_queries(images, encode):
 # ---- features ----
 
 
-def encode_images(model, c, device, autocast, progress):
+def encode_images(index, model, c, device, autocast, watch):
     """Encode the set, each rank its share -> EncodedImages. ConfigError if no sample is usable."""
+    samples = read_samples(
+        index,
+        model.image_size,
+        c.caption_key,
+        c.eval_batch,
+        dist.rank(),
+        dist.world_size(),
+        c.workers,
+    )
     features = []
     captions = []
     classes = []
     positions = []
     bad = Counter()
-    for number, batch in enumerate(samples_of_this_rank(model.image_size, c)):
-        progress(f"evaluation, batch {number} of images")
+    for batch in watch(samples, "images", index.num_samples, c.eval_batch):
         bad.update(batch.bad)
         if len(batch.images) == 0:
             continue
@@ -199,16 +276,16 @@ def encode_images(model, c, device, autocast, progress):
     )
 
 
-def encode_texts(texts, model, c, device, autocast, progress):
+def encode_texts(texts, model, c, device, autocast, watch):
     """n texts -> features float32 (n, d) on the device; each of K ranks encodes every K-th text."""
     tokenizer = Tokenizer(model.context_length)
     world_size = dist.world_size()
     share = texts[dist.rank() :: world_size]
+    batches = [share[i : i + c.eval_batch] for i in range(0, len(share), c.eval_batch)]
 
     features = []
-    for start in range(0, len(share), c.eval_batch):
-        progress(f"evaluation, text {start} of {len(share)}")
-        tokens = tokenizer(share[start : start + c.eval_batch])  # (b, context_length)
+    for batch in watch(batches, "texts", len(texts), c.eval_batch):
+        tokens = tokenizer(batch)  # (b, context_length)
         lengths = 1 + tokens.argmax(1)  # the end of a text is the largest token
         longest = int(lengths.max())
         with autocast():
@@ -223,19 +300,6 @@ def encode_texts(texts, model, c, device, autocast, progress):
         if parts:  # there may be fewer texts than ranks
             in_order[rank::world_size] = torch.cat(parts)
     return in_order.to(device)
-
-
-def samples_of_this_rank(image_size, c):
-    """Iterate over this rank's share of the set, in EvaluationBatches."""
-    return read_samples(
-        c.eval_data,
-        image_size,
-        c.caption_key,
-        c.eval_batch,
-        dist.rank(),
-        dist.world_size(),
-        c.workers,
-    )
 
 
 def from_all_ranks(items):
@@ -322,14 +386,14 @@ class PictureRow(NamedTuple):
     right: list
 
 
-def picture_rows(images, queries, image_size, c, progress):
+def picture_rows(index, images, queries, image_size, c, watch):
     """Random queries with their nearest images -> list of PictureRow. All ranks must call it."""
     generator = torch.Generator().manual_seed(c.seed)
     chosen = torch.randperm(len(queries.texts), generator=generator)[:QUERIES_SHOWN].tolist()
     found = nearest(queries.features[chosen], images.features, IMAGES_SHOWN).tolist()
 
     wanted = {images.positions[i] for i in chain.from_iterable(found)}
-    pixels = read_images(wanted, image_size, c, progress)
+    pixels = pixels_at(wanted, index, image_size, watch)
 
     rows = []
     for query, found_images in zip(chosen, found):
@@ -341,17 +405,14 @@ def picture_rows(images, queries, image_size, c, progress):
     return rows
 
 
-def read_images(wanted, image_size, c, progress):
+def pixels_at(wanted, index, image_size, watch):
     """The images at the positions `wanted` -> {position: uint8 (3, S, S)}, on every rank.
 
     They are read a second time, so that no run has to keep a set in memory.
     """
-    found = {}
-    for number, batch in enumerate(samples_of_this_rank(image_size, c)):
-        progress(f"evaluation, batch {number} of images for the picture")
-        for position, image in zip(batch.positions.tolist(), batch.images):
-            if position in wanted:
-                found[position] = image.clone()  # the rest of the batch can be freed
+    share = sorted(wanted)[dist.rank() :: dist.world_size()]
+    images = read_images(index, image_size, share)
+    found = dict(watch(images, "images for the picture", len(wanted), 1))
 
     everyones = {}
     for part in dist.all_gather_objects(found):
@@ -359,49 +420,41 @@ def read_images(wanted, image_size, c, progress):
     return everyones
 
 
-def write_results(path, c, images, queries, results):
-    """Write eval.json: the set, its numbers of images and texts, what was left out, the results."""
-    content = {
+def report(data, images, queries, results, c):
+    """-> the content of eval.json: the set, how much of it was used and left out, the results."""
+    classified = "zeroshot_top1" in results
+    return {
         "eval_data": list(c.eval_data),
         "images": len(images.positions),
         "texts": len(queries.texts),
+        "classes": len(data.names) if classified else 0,
+        "templates": len(data.templates) if classified else 0,
         "left_out": images.bad,
         **results,
     }
-    with open(path, "w") as f:
-        json.dump(content, f, indent=1)
 
 
-def draw(path, rows):
-    """Draw a line per PictureRow: its text, then its images, framed green where they are right."""
-    import matplotlib
+def write_files(folder, content, rows):
+    """Write eval.json and retrieval.png. Each is complete or as it was.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    content: of eval.json; rows: of the picture, PictureRows. Raises ConfigError if eval.json cannot
+    be written. A picture that cannot be drawn is told of: the results must not be lost for it.
+    """
+    results = os.path.join(folder, "eval.json")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(results + ".partial", "w") as f:
+            json.dump(content, f, indent=1)
+        os.replace(results + ".partial", results)
+    except OSError as error:
+        raise ConfigError(f"{results} cannot be written: {error.strerror or error}") from error
 
-    columns = len(rows[0].images)
-    figure, axes = plt.subplots(
-        len(rows),
-        1 + columns,
-        figsize=(2.6 + 1.3 * columns, 1.35 * len(rows)),
-        squeeze=False,
-        width_ratios=[2.2] + [1] * columns,
-        layout="constrained",
-    )
-    for row, line in zip(rows, axes):
-        text = textwrap.fill(row.text, 32, max_lines=4, placeholder=" ...")
-        line[0].text(0.95, 0.5, text, va="center", ha="right", fontsize=10)
-        line[0].axis("off")
-        for axis, image, right in zip(line[1:], row.images, row.right):
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set(xticks=[], yticks=[])
-            for edge in axis.spines.values():
-                if right:
-                    edge.set(color="#2a9d3a", linewidth=4)
-                else:
-                    edge.set(color="#cccccc", linewidth=1)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    picture = os.path.join(folder, "retrieval.png")
+    try:
+        plots.draw_found(rows, picture + ".partial")
+        os.replace(picture + ".partial", picture)
+    except Exception as error:
+        print(f"{picture} could not be drawn: {type(error).__name__}: {error}", flush=True)
 
 
 def table(results):
@@ -413,18 +466,53 @@ def table(results):
 
 
 def find_checkpoint(path):
-    """A run's folder, or a checkpoint's -> the folder of the checkpoint to evaluate."""
-    is_run = os.path.isdir(os.path.join(path, "checkpoints"))
-    if not is_run and not os.path.exists(os.path.join(path, "model.pt")):
-        raise ConfigError(
-            f"{path!r} is neither a run (runs/NAME) nor a checkpoint of one "
-            "(runs/NAME/checkpoints/step-00001000)"
-        )
-    where = configs.Config(out_dir=path, resume="auto" if is_run else path)
+    """A run's folder, or a checkpoint's -> the folder of the checkpoint to evaluate.
+
+    Raises ConfigError, which names the nearest run or checkpoint, if it is neither.
+    """
+    if not is_run(path) and not is_checkpoint(path):
+        raise ConfigError(f"{why_not_evaluable(path)}{nearest_folder(path)}")
+    where = configs.Config(out_dir=path, resume="auto" if is_run(path) else path)
     folder = checkpoint.find(where, names=("model.pt", "train.pt"))
     if not folder:
-        raise ConfigError(f"{path} has no checkpoint yet")
+        raise ConfigError(f"the run {path} has no checkpoint yet{nearest_folder(path)}")
     return folder
+
+
+def is_run(path):
+    return os.path.isdir(os.path.join(path, "checkpoints"))
+
+
+def is_checkpoint(path):
+    return os.path.exists(os.path.join(path, "model.pt"))
+
+
+def why_not_evaluable(path):
+    if not os.path.exists(path):
+        return f"there is no folder {path!r}"
+    if not os.path.isdir(path):
+        return f"{path!r} is a file: give the folder of a run, or of a checkpoint"
+    return (
+        f"{path!r} is neither a run (runs/NAME) nor a checkpoint of one "
+        "(runs/NAME/checkpoints/step-00001000)"
+    )
+
+
+def nearest_folder(path):
+    """A hint at the run or checkpoint, around `path`, whose folder is spelt most alike."""
+    path = os.path.normpath(path)
+    above = os.path.dirname(path)
+    found = [above]
+    for place in (path, above):
+        if os.path.isdir(place or "."):
+            found += [os.path.join(place, name) for name in os.listdir(place or ".")]
+
+    found = [folder for folder in found if is_checkpoint(folder) or has_checkpoint(folder)]
+    return configs.nearest(path, found, cutoff=0.0)  # any is better than none
+
+
+def has_checkpoint(path):
+    return is_run(path) and bool(checkpoint.steps(os.path.join(path, "checkpoints")))
 
 
 def load_config(folder, argv):
@@ -436,12 +524,28 @@ def load_config(folder, argv):
             words.append(f"--{key}={value!r}")
     words.append(f"--out_dir={argv[0]}")
 
+    for word in argv[1:]:
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected word {word!r}: after the folder come only --key=value")
+
     c = configs.load(words + argv[1:])
     if not c.eval_data:
         raise ConfigError(
             "eval_data is empty: name the shards, for example --eval_data='data/emoji/test/*.tar'"
         )
     return c
+
+
+def check_writable(folder):
+    """ConfigError, with the reason, if results could not be written to the folder."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out_dir = {folder!r} cannot be written: {error.strerror or error}; choose another"
+        ) from error
 
 
 def main(argv):
@@ -454,6 +558,7 @@ def main(argv):
     c = load_config(folder, argv)
 
     device = dist.init(c.device, c.timeout)
+    ranks.from_first_rank(check_writable, c.out_dir)
     model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
     checkpoint.load_model(folder, model, c)
 

@@ -8,10 +8,10 @@ under the same key, one or more of
     KEY.json    its captions, a string or a list of strings: the entry config.caption_key, if that
                 is set, and then KEY.txt is not read
 
-Beside the first shard, or in the folder above it, may lie two text files:
+Beside the first shard, or in the folder above it, may lie two text files, in UTF-8:
 
     classnames.txt                              the name of one class per line
-    zeroshot_classification_templates.txt       one prompt per line; {c} stands for the class name
+    zeroshot_classification_templates.txt       one prompt per line; {c} or {} stands for the name
 
 A set with classnames.txt whose samples all have a class gives zero-shot classification. A set in
 which any sample has captions gives retrieval. A set may give both.
@@ -19,6 +19,7 @@ which any sample has captions gives retrieval. A set may give both.
 
 import math
 import os
+import sys
 from collections import Counter
 from functools import partial
 from typing import NamedTuple
@@ -27,14 +28,161 @@ import torch
 
 from config import ConfigError
 from ingest.images import BadSample, evaluation_image
-from ingest.index import load_index
+from ingest.index import Index, load_index
 from ingest.reader import Reader
 from ingest.tar import captions, usable_samples
-from ingest.urls import expand
+from ingest.urls import expand, is_local, split_patterns
 from ingest.workers import default_workers, run_workers
+
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
 
 DEFAULT_TEMPLATES = ["a photo of a {c}"]
 MAX_CLASS_BYTES = 9  # of KEY.cls: longer numbers are not of classes
+
+
+# ---- opening a set ----
+
+
+class EvaluationSet(NamedTuple):
+    """A set that can be read.
+
+    index       Index of its shards
+    names       names of the classes, list of str; empty without classnames.txt
+    templates   prompts, list of str, in which {c} stands for the name of a class
+    """
+
+    index: Index
+    names: list
+    templates: list
+
+
+def load_set(c, progress=lambda where: None):
+    """Find and index the set c.eval_data -> EvaluationSet.
+
+    To be called on one rank: it prints what is odd about the class list, and may have to read the
+    whole set. progress(where) is called as the work goes on. Raises what load_index raises, and
+    ConfigError for several sets and for a class list or templates that cannot be used.
+    """
+    folder = folder_of_set(c.eval_data)
+    names, templates = class_list(folder)
+    index = load_index(c.eval_data, c.caption_key, evaluation=True, progress=progress)
+    return EvaluationSet(index, names, templates)
+
+
+def check(c, progress=lambda where: None):
+    """Find and index the set as load_set does, and look at its first sample -> EvaluationSet.
+
+    So a run can ask before it starts. Raises ConfigError if there is nothing to evaluate.
+    """
+    data = load_set(c, progress)
+    caption_file = "json" if c.caption_key else "txt"
+    first_shard = data.index.shards[0]
+    _, files = next(usable_samples(first_shard, (caption_file, "cls"), range(1)))
+
+    if caption_file not in files and not data.names:
+        raise ConfigError(
+            f"{c.eval_data[0]} has classes (KEY.cls), but there is no classnames.txt beside it or "
+            "in the folder above"
+        )
+    return data
+
+
+def folder_of_set(patterns):
+    """The folder of a set's first shard. Raises ConfigError if the patterns are of several sets.
+
+    Several patterns are one set if all shards lie in one folder. One pattern is one set, wherever
+    its shards lie.
+    """
+    folders = [folder_of(url) for url in expand(patterns)]
+    if len(split_patterns(patterns)) > 1 and len(set(folders)) > 1:
+        other = next(folder for folder in folders if folder != folders[0])
+        raise ConfigError(
+            f"eval_data names several sets, one in {folders[0]} and another in {other}, which "
+            "would be merged into one result: evaluate one set at a time, each by a call of eval.py"
+        )
+    return folders[0]
+
+
+def folder_of(url):
+    folder = os.path.dirname(url)
+    return os.path.abspath(folder) if is_local(url) else folder
+
+
+# ---- the class list ----
+
+
+def class_list(folder):
+    """-> (class names, prompt templates), lists of str, from the files beside the shards.
+
+    Both files are looked for in the folder of the first shard, then in the folder above it.
+    Without classnames.txt there are no names; without a file of templates there is one default
+    template. Prints a line if a name occurs twice, or if there are templates only. Raises
+    ConfigError for an empty line between the names, and for a template without a place for them.
+    """
+    names_path = find_beside(folder, CLASS_NAMES)
+    names = read_class_names(names_path) if names_path else []
+
+    templates_path = find_beside(folder, TEMPLATES)
+    templates = read_templates(templates_path) if templates_path else []
+    if templates and not names:
+        print(f"{templates_path} is not used: there is no {CLASS_NAMES} beside it", flush=True)
+    return names, templates or DEFAULT_TEMPLATES
+
+
+def find_beside(folder, name):
+    """The path of the file `name` in the folder or in the folder above; "" if it is in neither."""
+    for place in (folder, os.path.dirname(folder)):
+        path = os.path.join(place, name)
+        if os.path.exists(path):
+            return path
+    return ""
+
+
+def read_class_names(path):
+    """-> list of str. An empty line would shift the numbers of all later classes: ConfigError."""
+    names = read_lines(path)
+    for number, name in enumerate(names, 1):
+        if not name.strip():
+            raise ConfigError(f"{path}, line {number} is empty: line n names class n - 1")
+
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        print(
+            f"warning: {path} has names that occur twice: {', '.join(map(repr, twice[:4]))}; "
+            "zero-shot classification cannot tell such classes apart",
+            file=sys.stderr,
+            flush=True,
+        )
+    return names
+
+
+def read_templates(path):
+    """-> list of str with {c} in each. ConfigError for one without {c} or {}."""
+    templates = []
+    for number, line in enumerate(read_lines(path), 1):
+        template = line.replace("{}", "{c}")
+        if template.strip() and "{c}" not in template:
+            raise ConfigError(
+                f"{path}, line {number}: {line[:80]!r} has no place for the name of the class: "
+                "write {c} there"
+            )
+        if template.strip():
+            templates.append(template)
+    return templates
+
+
+def read_lines(path):
+    """The lines of a text file, without empty ones at its end. ConfigError if it is unreadable."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:  # some editors begin a file with a mark
+            lines = [line.rstrip("\n") for line in f]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 # ---- reading a set ----
@@ -58,21 +206,30 @@ class EvaluationBatch(NamedTuple):
 
 
 def read_samples(
-    patterns, image_size, caption_key="", batch_size=256, rank=0, world_size=1, workers="auto"
+    index, image_size, caption_key="", batch_size=256, rank=0, world_size=1, workers="auto"
 ):
     """Yield this rank's share of an evaluation set as EvaluationBatches, in no particular order.
 
-    The share is the samples at positions rank, rank + world_size, ..., each once. The whole set has
-    load_index(patterns, caption_key, evaluation=True).num_samples. workers: processes that decode;
-    "auto": as many as the CPUs allow. Raises what load_index raises; while iterating, ShardError.
+    The share is the samples at positions rank, rank + world_size, ..., each once, of the whole
+    set's index.num_samples. workers: processes that decode; "auto": as many as the CPUs allow.
+    Raises ShardError.
     """
-    index = load_index(patterns, caption_key, evaluation=True)
     if workers == "auto":
         workers = default_workers()
     batches = math.ceil(index.num_samples / world_size / batch_size)
 
     read = partial(read_share, index, image_size, caption_key, batch_size, rank, world_size)
     yield from run_workers(read, min(batches, workers), torch.cuda.is_initialized())
+
+
+def read_images(index, image_size, positions):
+    """Yield (position, image uint8 (3, S, S)) for a few samples of a set, at rising positions.
+
+    What lies between them is not decoded. Raises ShardError, and BadSample for a bad image.
+    """
+    reader = Reader(index)
+    for position in positions:
+        yield position, evaluation_image(reader.read(position), image_size)
 
 
 def read_share(index, image_size, caption_key, batch_size, rank, world_size, worker, workers):
@@ -129,45 +286,3 @@ def evaluation_sample(files, size, caption_key):
     except BadSample:
         texts = []
     return image, texts, label
-
-
-# ---- the class list ----
-
-
-def class_list(c):
-    """-> (class names, prompt templates), lists of str, from the files beside the set c.eval_data.
-
-    Both files are looked for beside the first shard, then in the folder above it. Without
-    classnames.txt there are no names; without a file of templates there is one default template.
-    """
-    shards = os.path.dirname(expand(c.eval_data)[0])
-    names = read_lines(shards, "classnames.txt")
-    templates = read_lines(shards, "zeroshot_classification_templates.txt")
-    return names, templates or DEFAULT_TEMPLATES
-
-
-def read_lines(folder, name):
-    """The lines, but no blank ones, of a file in `folder` or the folder above; [] if absent."""
-    for place in (folder, os.path.dirname(folder)):
-        path = os.path.join(place, name)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                return [line.rstrip("\n") for line in f if line.strip()]
-    return []
-
-
-def check(c):
-    """Raise ConfigError if the set c.eval_data has nothing to evaluate.
-
-    It looks at the first sample only, so that a run can ask before it starts.
-    """
-    caption_file = "json" if c.caption_key else "txt"
-    first_shard = expand(c.eval_data)[0]
-    _, files = next(usable_samples(first_shard, (caption_file, "cls"), range(1)))
-
-    names, _ = class_list(c)
-    if caption_file not in files and not names:
-        raise ConfigError(
-            f"{c.eval_data[0]} has classes (KEY.cls), but there is no classnames.txt beside it or "
-            "in the folder above"
-        )

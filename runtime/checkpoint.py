@@ -8,8 +8,9 @@
     out_dir/checkpoints/latest     the name of the newest complete folder
 
 Saving: everything is copied in memory, which is all that training waits for. A thread then writes
-the copy into a folder of another name and flushes it to the disk. After that the folder is
-renamed, and `latest` is written last.
+the copy into a folder of another name and flushes it to the disk. When the threads of all ranks
+have done so, rank 0's renames the folder, and writes `latest` last. So a checkpoint is safe as
+early as possible, whatever the training does meanwhile.
 
 Loading: files hold tensors and plain Python types only, and are read with weights_only=True,
 which runs no code. Before a run is continued, every file is compared with its sum. A damaged
@@ -35,6 +36,7 @@ from config import (
     HINTS,
     JOB_KEYS,
     MODEL_KEYS,
+    BadRun,
     Config,
     ConfigError,
     files_beside,
@@ -92,8 +94,8 @@ class Saver:
     """The checkpoints of one run. All ranks call its methods at the same steps.
 
         saver.save(step, log_state)    # copies in memory, and begins to write
-        saver.writing()                # is this rank still writing?
-        saver.commit()                 # waits for all ranks, and makes the checkpoint the newest
+        saver.writing()                # is it still being written?
+        saver.wait()                   # until it is the newest checkpoint; False if it failed
 
     out_dir is a folder that all ranks share.
     """
@@ -118,12 +120,12 @@ class Saver:
         # The newest good checkpoint: its folder, or None.
         self.newest = newest
 
-        # The save under way: the thread that writes, the final name of its folder, {file name:
-        # SHA-256} of this rank's files, and what went wrong.
+        # The save under way: the thread that writes, the final name of its folder, and whether all
+        # ranks have written it.
         self.thread = None
         self.folder = ""
-        self.sums = {}
-        self.error = None
+        self.saved = False
+        self.group = dist.background_group()  # by which the threads talk
 
         # What it writes, {file name: content}. The next save uses the memory again.
         self.copies = None
@@ -150,23 +152,33 @@ class Saver:
         They are damaged, or belong to a course of the run that was given up. They must not count as
         checkpoints to keep or to return to.
         """
+        abandoned = []
         for name in steps(self.root):
-            if self.newest and step_key(name) <= step_key(os.path.basename(self.newest)):
-                continue
+            is_kept = self.newest and step_key(name) <= step_key(os.path.basename(self.newest))
+            if not is_kept:
+                abandoned.append(name)
+        if not abandoned:
+            return
+
+        # First, so that --resume=auto cannot return to one of them if this process dies here.
+        if self.newest:
+            self.write_latest(os.path.basename(self.newest))
+        for name in abandoned:
             path = os.path.join(self.root, name)
             remove(path + ".abandoned")
             os.rename(path, path + ".abandoned")
+        warn(f"put aside as .abandoned, in {self.root}: {', '.join(abandoned)}")
 
     # ---- step 1: copy ----
 
     def save(self, step, log_state):
         """Begin to save checkpoint `step` -> the seconds for which training waited.
 
-        It is on the disk after commit(), or on return with save_background=False. Raises
-        RuntimeError if a weight is not finite, because such a checkpoint is useless.
+        It is on the disk after wait(), or on return with save_background=False. Raises
+        BadRun if a weight is not finite, because such a checkpoint is useless.
         """
         start = time.monotonic()
-        self.commit()  # only one save at a time
+        self.wait()  # only one save at a time
         self.check_finite(step)
 
         files = self.contents(step, log_state)
@@ -176,14 +188,28 @@ class Saver:
             torch.cuda.synchronize()  # until the copies have arrived
 
         self.folder = os.path.join(self.root, f"step-{step:08d}")
-        self.sums = {}
-        self.error = None
-        self.thread = threading.Thread(target=self.write_files)
+        self.saved = False
+        self.thread = threading.Thread(target=self.write_and_publish)
         self.thread.start()
 
         if not self.config.save_background:
-            self.commit()
+            self.wait()
         return time.monotonic() - start
+
+    def writing(self):
+        return self.thread is not None and self.thread.is_alive()
+
+    def wait(self):
+        """Wait until every rank has written its files -> whether the checkpoint is complete.
+
+        If it is not, rank 0 has said why, what there was of it is removed, and the checkpoints
+        before it stay.
+        """
+        if self.thread is None:
+            return True
+        self.thread.join()
+        self.thread = None
+        return self.saved
 
     def check_finite(self, step):
         weights = self.model.state_dict()
@@ -191,7 +217,7 @@ class Saver:
         if all(finite):
             return
         name = list(weights)[finite.index(False)]
-        raise RuntimeError(
+        raise BadRun(
             f"{name} is not finite after step {step}, which is not saved. {self.describe_newest()}"
         )
 
@@ -222,57 +248,58 @@ class Saver:
 
     # ---- step 2: write, in a thread ----
 
+    def write_and_publish(self):
+        """Write this rank's files. When all ranks have, make the checkpoint the newest."""
+        sums, error = self.write_files()
+        try:
+            results = dist.all_gather_objects((sums, error), self.group)
+            errors = [error for _, error in results if error]
+            if dist.rank() == 0 and not errors:
+                errors = self.publish([sums for sums, _ in results])
+            # Rank 0 decides. The others count it as saved only after it is complete.
+            errors = dist.all_gather_objects(errors, self.group)[0]
+        except RuntimeError:
+            return  # another rank has died, which the watchdog reports
+
+        if not errors:
+            self.newest = self.folder
+            self.saved = True
+        elif dist.rank() == 0:
+            self.report_failed_save(errors)
+
     def write_files(self):
-        """Write this rank's files, and note their sums, or the error, for commit()."""
+        """-> ({file name: SHA-256} of this rank's files, what went wrong in words, or None)"""
+        sums = {}
         try:
             os.makedirs(self.folder + ".partial", exist_ok=True)
             for name, content in self.copies.items():
                 path = os.path.join(self.folder + ".partial", name)
-                self.sums[name] = write_file(path, content)
+                sums[name] = write_file(path, content)
         except Exception as error:
-            self.error = f"rank {dist.rank()} on {socket.gethostname()}: {describe(error)}"
+            return sums, describe_on_rank(error)
+        return sums, None
 
-    def writing(self):
-        return self.thread is not None and self.thread.is_alive()
+    # ---- step 3: publish, in rank 0's thread ----
 
-    # ---- step 3: publish ----
+    def publish(self, sums_of_ranks):
+        """When all files are written: make the folder complete and known -> [] or [what is wrong].
 
-    def commit(self):
-        """Wait until every rank has written its files, and make the checkpoint the newest.
-
-        -> True; False if it could not be written. Then rank 0 says so, what there is of it is
-        removed, and the checkpoints before it stay.
+        sums_of_ranks: {file name: SHA-256} of each rank.
         """
-        if self.thread is None:
-            return True
-        self.thread.join()
-        self.thread = None
+        sums = {}
+        for sums_of_rank in sums_of_ranks:
+            sums.update(sums_of_rank)
+        try:
+            self.complete(sums)
+            self.write_latest(os.path.basename(self.folder))
+            for name in steps(self.root)[self.config.keep :]:
+                remove(os.path.join(self.root, name))
+        except OSError as error:
+            return [describe_on_rank(error)]
+        return []
 
-        results = dist.all_gather_objects((self.sums, self.error))
-        errors = [error for _, error in results if error]
-        if dist.rank() == 0 and not errors:
-            sums = {}
-            for sums_of_rank, _ in results:
-                sums.update(sums_of_rank)
-            try:
-                self.publish(sums)
-            except OSError as error:
-                errors = [f"rank 0 on {socket.gethostname()}: {describe(error)}"]
-
-        # Rank 0 decides. The other ranks go on only after the checkpoint is complete.
-        errors = dist.all_gather_objects(errors)[0]
-        if errors:
-            if dist.rank() == 0:
-                self.report_failed_save(errors)
-            return False
-        self.newest = self.folder
-        return True
-
-    def publish(self, sums):
-        """On rank 0, when all files are written: make the folder complete and known.
-
-        sums: {file name: SHA-256} of all ranks.
-        """
+    def complete(self, sums):
+        """Give the folder its sums, {file name: SHA-256}, and its name. OSError if it cannot be."""
         partial = self.folder + ".partial"
         unseen = [name for name in sums if not os.path.exists(os.path.join(partial, name))]
         if unseen:
@@ -287,16 +314,14 @@ class Saver:
         os.rename(partial, self.folder)
         flush_folder(self.root)
 
+    def write_latest(self, name):
         latest = os.path.join(self.root, "latest")
-        write_text(latest + ".partial", os.path.basename(self.folder))
+        write_text(latest + ".partial", name)
         os.replace(latest + ".partial", latest)
         flush_folder(self.root)
 
-        for name in steps(self.root)[self.config.keep :]:
-            remove(os.path.join(self.root, name))
-
     def report_failed_save(self, errors):
-        """On rank 0: remove what there is of the checkpoint, and print why there is none."""
+        """Remove what there is of the checkpoint, and print why there is none."""
         remove(self.folder + ".partial")
         disk = shutil.disk_usage(self.root)
         print(
@@ -327,6 +352,10 @@ class Saver:
         if dist.rank() == 0 and self.lock is not None and not self.writing():
             os.close(self.lock)
             self.lock = None
+
+
+def describe_on_rank(error):
+    return f"rank {dist.rank()} on {socket.gethostname()}: {describe(error)}"
 
 
 def lock_folder(out_dir, create=False):
@@ -572,7 +601,7 @@ def find_newest(root, names, progress):
     # A folder that is newer than `latest` belongs to a save that was killed just after its rename.
     candidates = [name for name in existing if step_key(name) <= step_key(latest)]
     if candidates and candidates[0] != existing[0]:
-        warn(f"{existing[0]} is not used: its save had not ended, {root}/latest is {latest}")
+        warn(f"{existing[0]} is not used: it is later than {latest}, which {root}/latest names")
 
     damaged = []
     for name in candidates or existing:

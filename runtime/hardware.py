@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import shutil
+import socket
 import sys
 import sysconfig
 import time
@@ -68,6 +69,21 @@ def missing_build_tools():
     if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
         missing.append("Python.h")
     return missing
+
+
+def report_idle_gpus(device):
+    """Say so, on rank 0, if its host has more GPUs than ranks."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    ranks = dist.local_world_size()
+    if dist.rank() > 0 or gpus <= ranks:
+        return
+    print(
+        f"warning: {gpus - ranks} of the {gpus} GPUs of {socket.gethostname()} stay idle, because "
+        f"it runs {ranks} rank(s): `torchrun --nproc_per_node gpu train.py ...` starts one per GPU "
+        "on each host",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def peak_flops(dtype, device):

@@ -15,9 +15,9 @@ import dist
 from config import BadRun, ConfigError, stop_seconds
 from ingest import evaluation
 from ingest.index import load_index
-from runtime import checkpoint
+from runtime import checkpoint, hardware
 from runtime.log import Log, check_packages
-from runtime.ranks import Vote, from_first_rank
+from runtime.ranks import Interrupted, Vote, from_first_rank
 from runtime.watchdog import LEAVING, Watchdog, end_with_torchrun
 
 
@@ -41,12 +41,14 @@ class Job:
 
     device: this rank's torch.device. log: the run's Log, from `start` on. leaving: True when this
     job ends after the present step, because the run is done, its time is up, or a signal came.
+    evaluation_left: True when a signal came during the last evaluation, which was left.
     """
 
     def __init__(self, config):
         self.config = config
         self.started = time.monotonic()
         self.leaving = False
+        self.evaluation_left = False
         self.device = None
         self.log = None
         self.watchdog = None
@@ -78,6 +80,7 @@ class Job:
         os.umask(os.umask(0) | 0o002)
         end_with_torchrun()
         self.device = dist.init(c.device, c.timeout)
+        hardware.report_idle_gpus(self.device)
         self.watchdog = Watchdog(c.timeout)
         check_batch_size(c, dist.world_size())
         from_first_rank(check_packages, c)
@@ -87,7 +90,7 @@ class Job:
         """Tell the other ranks why this one ends; keep a checkpoint that is still being written."""
         if self.saver and (isinstance(error, BadRun) or dist.world_size() == 1):
             # It was begun before the error, and every rank is here to complete it.
-            self.saver.commit()
+            self.saver.wait()
         if self.watchdog:
             self.watchdog.failed(error)
         elif not isinstance(error, ConfigError):
@@ -165,7 +168,8 @@ class Job:
     def start(self, t, index, step, evaluate):
         """Open the run's folder and its log, listen to signals, make up for a missed evaluation.
 
-        evaluate(model, config, device, autocast, picture, progress) -> {name: value}.
+        evaluate(model, config, device, autocast, picture, progress, stop) -> {name: value}. It
+        raises Interrupted on all ranks soon after stop() is true on any of them.
         """
         c = self.config
         self.t = t
@@ -187,17 +191,20 @@ class Job:
         )
         self.log = Log(t, index.num_samples, step, self.log_state)
         self.signals = StopSignals()
+        self.saved_step = step
+        self.saved_at = time.monotonic()
+        self.votes = Vote(2)
 
         # The job that saved this step may have ended before its evaluation.
         if self.evaluation_is_due(step) and not from_first_rank(self.log.has_evaluation, step):
             self.run_evaluation(step)
-        self.saved_at = time.monotonic()
-        self.votes = Vote(3)
 
     # ---- the loop ----
 
     def batches(self, loader):
         """Yield the loader's batches. After each step, ask all ranks what to do after the next."""
+        if self.leaving:
+            return
         self.progress(f"step {self.step + 1}, waiting for data")
         for batch in loader:
             self.log.data_is_ready()
@@ -207,36 +214,35 @@ class Job:
             self.progress(f"step {self.step + 1}, waiting for data")
 
     def ask_votes(self):
-        """Start a vote on what only some ranks know: a signal, the clock, a file that is written.
+        """Start a vote on what only some ranks know: a signal, the clock.
 
         It is answered one step later, so that no step waits for it.
         """
         c = self.config
         now = time.monotonic()
-        wants_to_leave = bool(self.signals.received) or now - self.started > stop_seconds(c)
+        wants_to_leave = self.was_signalled() or now - self.started > stop_seconds(c)
         save_is_due = (
             dist.rank() == 0 and c.save_minutes > 0 and now - self.saved_at > 60 * c.save_minutes
         )
-        self.votes.ask(wants_to_leave, save_is_due, self.saver.writing())
+        self.votes.ask(wants_to_leave, save_is_due)
 
     def save_if_due(self, step):
         """Begin a checkpoint if this step ends the job, an interval or some minutes."""
         self.step = step
-        leave, save_is_due, still_writing = self.votes.result()
+        leave, save_is_due = self.votes.result()
         self.leaving = leave > 0 or step == self.last_step
 
         interval = self.config.save_steps or self.t.steps_per_epoch
         if self.leaving or save_is_due or step % interval == 0:
             self.save(step)
-        elif not still_writing:
-            self.saver.commit()
 
     def save(self, step):
         self.progress(f"step {step}, saving")
         with self.log.pause():
-            # Complete the checkpoint before, so that nothing found wrong with this one can harm it.
-            self.saver.commit()
+            # Wait for the checkpoint before, so that nothing found wrong with this one can harm it.
+            self.saver.wait()
             self.log.save_wait += self.saver.save(step, self.log.state())
+        self.saved_step = step
         self.saved_at = time.monotonic()
 
     def evaluation_is_due(self, step):
@@ -251,35 +257,51 @@ class Job:
             self.run_evaluation(step)
 
     def run_evaluation(self, step):
-        t = self.t
+        """Evaluate. If a signal comes to any rank, this job ends, and the next makes up for it."""
         self.progress(f"step {step}, evaluating")
-        with self.log.pause(), torch.compiler.set_stance("force_eager"):
-            # Eager, because its batches differ from training's: not worth graphs of their own.
-            with dist.averaged_batchnorm(t.model):
-                results = self.evaluate(
-                    t.model,
-                    self.config,
-                    self.device,
-                    t.autocast,
-                    picture=step == t.total_steps,
-                    progress=self.progress,
-                )
-            self.log.evaluation(step, results)
-            t.model.train()
+        try:
+            with self.log.pause():
+                results = self.results_of_evaluation(step)
+        except Interrupted:
+            self.evaluation_left = True
+            self.leaving = True
+            if self.saved_step != step:
+                self.save(step)
+            return
+        self.log.evaluation(step, results)
+
+    def results_of_evaluation(self, step):
+        t = self.t
+        # Eager, because its batches differ from training's: not worth graphs of their own.
+        with torch.compiler.set_stance("force_eager"), dist.averaged_batchnorm(t.model):
+            results = self.evaluate(
+                t.model,
+                self.config,
+                self.device,
+                t.autocast,
+                picture=step == t.total_steps,
+                progress=self.progress,
+                stop=self.was_signalled,
+            )
+        t.model.train()
+        return results
+
+    def was_signalled(self):
+        return bool(self.signals.received)
 
     # ---- after the loop ----
 
     def finish(self, step):
-        """Complete the last checkpoint, say how the job ended, and leave together with all ranks.
+        """Wait for the last checkpoint, say how the job ended, and leave together with all ranks.
 
-        Raises RuntimeError if the checkpoint could not be saved, or the ranks' weights differ.
+        Raises BadRun if it could not be saved, RuntimeError if the weights of the ranks differ.
         """
         self.progress(f"step {step}, saving")
-        if not self.saver.commit():
-            raise RuntimeError("the last checkpoint could not be saved: see above")
+        if not self.saver.wait():
+            raise BadRun("the last checkpoint could not be saved: see above")
         dist.check_same_weights(self.t.model)
 
-        if step == self.t.total_steps:
+        if step == self.t.total_steps and not self.evaluation_left:
             self.log.finish()
         else:
             self.log.left(step, self.reason_to_leave(step))
@@ -290,6 +312,8 @@ class Job:
 
     def reason_to_leave(self, step):
         c = self.config
+        if self.evaluation_left:
+            return f"{self.signals.received or 'a signal'} during the evaluation"
         if self.signals.received:
             return self.signals.received
         if step == self.last_step or time.monotonic() - self.started > stop_seconds(c):
@@ -324,7 +348,10 @@ class StopSignals:
         if not self.received:
             self.received = signal.Signals(number).name
             self.received_at = time.monotonic()
-            os.write(2, b"\nsaving soon, then leaving\n")  # print is not safe in a signal handler
+            if dist.rank() == 0:
+                os.write(
+                    2, b"\nsaving soon, then leaving\n"
+                )  # print is not safe in a signal handler
 
 
 def check_batch_size(c, world_size):

@@ -1,12 +1,18 @@
-"""The curves of one or many runs.
+"""Pictures: the curves of one or many runs, and what an evaluation has found.
 
-python -m runtime.plots runs/emoji_v3 runs/emoji_openclip --out=curves.png
+python -m runtime.plots runs/emoji_v3                        # into runs/emoji_v3/curves.png
+python -m runtime.plots runs/emoji_v3 runs/emoji_openclip    # into curves.png, here
 """
 
 import argparse
 import json
 import os
 import sys
+import textwrap
+import unicodedata
+from collections import Counter
+
+# ---- curves ----
 
 ROWS, COLUMNS = 2, 3  # panels of a figure
 
@@ -31,7 +37,9 @@ def plot(folders, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {run_name(folder): read_metrics(folder) for folder in folders}
+    runs = {}
+    for folder, name in zip(folders, run_names(folders)):
+        runs[name] = read_metrics(folder)
     panels = choose_panels(runs)
 
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(13, 7), layout="constrained")
@@ -46,14 +54,28 @@ def plot(folders, out):
     return out
 
 
-def run_name(folder):
-    return os.path.basename(os.path.normpath(folder))
+def run_names(folders):
+    """-> a name for each folder: its last part, or its whole path where several end alike."""
+    paths = [os.path.normpath(folder) for folder in folders]
+    last_parts = [os.path.basename(os.path.abspath(path)) for path in paths]
+    count = Counter(last_parts)
+
+    names = []
+    for path, last_part in zip(paths, last_parts):
+        names.append(last_part if count[last_part] == 1 else path)
+    return names
 
 
 def read_metrics(folder):
-    """-> the rows of metrics.jsonl, dicts."""
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
+    """-> the rows of metrics.jsonl, dicts. A run that was killed may have left half of a line."""
+    rows = []
+    with open(os.path.join(folder, "metrics.jsonl"), errors="replace") as f:
+        for line in f:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
 
 
 def choose_panels(runs):
@@ -106,21 +128,178 @@ def running_mean(values, width):
     return means
 
 
+# ---- what an evaluation has found ----
+
+
+def draw_found(rows, path):
+    """Draw a line per row into a PNG: its text, then its images, framed green where they are right.
+
+    rows: list of objects with `text`, str in any script; `images`, list of uint8 (3, S, S); and
+    `right`, list of bool. path: of the PNG, whatever its name ends with.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    texts, families = drawable([row.text for row in rows])
+    columns = len(rows[0].images)
+    figure, axes = plt.subplots(
+        len(rows),
+        1 + columns,
+        figsize=(2.6 + 1.3 * columns, 1.35 * len(rows)),
+        squeeze=False,
+        width_ratios=[2.2] + [1] * columns,
+        layout="constrained",
+    )
+    for row, text, line in zip(rows, texts, axes):
+        draw_text(line[0], text, families)
+        for axis, image, right in zip(line[1:], row.images, row.right):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+            for edge in axis.spines.values():
+                if right:
+                    edge.set(color="#2a9d3a", linewidth=4)
+                else:
+                    edge.set(color="#cccccc", linewidth=1)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def draw_text(axis, text, families):
+    """A text on up to four lines, in place of an axis. families: names of fonts."""
+    wide = sum(is_wide(character) for character in text)
+    width = 32 * len(text) // (len(text) + wide) if text else 32
+    lines = textwrap.fill(text, width, max_lines=4, placeholder=" ...")
+
+    # In a caption $ is a currency, not the beginning of a formula.
+    axis.text(
+        0.95, 0.5, lines, va="center", ha="right", fontsize=10, family=families, parse_math=False
+    )
+    axis.axis("off")
+
+
+def is_wide(character):
+    """Whether a character takes the space of two, as Chinese ones do."""
+    return character == MISSING or unicodedata.east_asian_width(character) in "WF"
+
+
+# ---- text in any script ----
+
+DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib: Latin, Greek, Cyrillic, Arabic, some symbols
+MISSING = "\ufffd"  # a question mark in a diamond, which it has
+
+
+def drawable(texts):
+    """Texts in any script -> (the same, fit to be drawn; names of the fonts that have them).
+
+    Control characters become spaces. What no installed font has becomes a question mark in a
+    diamond, and a line says which package to install.
+    """
+    texts = [without_controls(text) for text in texts]
+    families, missing = find_fonts(set("".join(texts)))
+
+    replacements = {}
+    for character in missing:
+        # Marks of format, such as the direction of writing, are not seen anyway.
+        is_format = unicodedata.category(character) == "Cf"
+        replacements[ord(character)] = "" if is_format else MISSING
+    texts = [text.translate(replacements) for text in texts]
+
+    packages = sorted({package_for(character) for character in missing} - {""})
+    if packages:
+        print(
+            f"the picture lacks characters that no installed font has: install "
+            f"{' and '.join(packages)} (packages of Debian and Ubuntu)",
+            flush=True,
+        )
+    return texts, families
+
+
+def without_controls(text):
+    """The text with a space for each control character and each end of a line."""
+    characters = []
+    for character in text:
+        is_control = unicodedata.category(character) in ("Cc", "Zl", "Zp")
+        characters.append(" " if is_control else character)
+    return "".join(characters)
+
+
+def find_fonts(characters):
+    """A set of characters -> (names of the fonts that have them, set of those that none has)."""
+    from matplotlib import font_manager
+
+    families = [DEFAULT_FONT]
+    missing = characters - characters_of(font_manager.findfont(DEFAULT_FONT))
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+
+    # matplotlib keeps a list of fonts, which does not know those that were installed later.
+    for path in sorted(font_manager.findSystemFonts()):
+        if not missing:
+            break
+        found = missing & characters_of(path)
+        if found:
+            if path not in known:
+                font_manager.fontManager.addfont(path)
+            families.append(font_manager.get_font(path).family_name)
+            missing -= found
+    return families, missing
+
+
+def characters_of(path):
+    """The file of a font -> set of its characters; empty if matplotlib cannot draw with it."""
+    from matplotlib import font_manager
+
+    try:
+        font = font_manager.get_font(path)
+    except (OSError, RuntimeError):
+        return set()
+
+    # Fonts made of bitmaps cannot be scaled. "Last Resort" has a box for every character.
+    if not font.scalable or "resort" in font.family_name.lower():
+        return set()
+    return {chr(code) for code in font.get_charmap()}
+
+
+def package_for(character):
+    """The package of fonts, as Debian and Ubuntu name it, that has a character; "" if unknown."""
+    name = unicodedata.name(character, "")
+    category = unicodedata.category(character)
+    if name.startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "FULLWIDTH", "IDEOGRAPHIC")):
+        return "fonts-noto-cjk"
+    if category in ("So", "Sk"):
+        return "fonts-symbola"
+    if category[0] in "LMN":
+        return "fonts-noto-core"
+    return ""
+
+
+# ---- the command ----
+
+
 def main(argv):
     parser = argparse.ArgumentParser(
         prog="python -m runtime.plots", description="Curves of one or many runs."
     )
     parser.add_argument("runs", nargs="+", help="run folders, each with a metrics.jsonl")
-    parser.add_argument("--out", default="curves.png", help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "--out", help="the picture (default: curves.png, in the folder of a single run or here)"
+    )
     arguments = parser.parse_args(argv)
 
-    missing = []
     for run in arguments.runs:
         if not os.path.exists(os.path.join(run, "metrics.jsonl")):
-            missing.append(run)
-    if missing:
-        sys.exit(f"error: no metrics.jsonl in {', '.join(missing)}")
-    print(plot(arguments.runs, arguments.out))
+            sys.exit(f"error: no metrics.jsonl in {run}")
+        if not read_metrics(run):
+            sys.exit(f"error: {run} has no rows in its metrics.jsonl yet")
+
+    out = arguments.out
+    if not out:
+        out = os.path.join(arguments.runs[0] if len(arguments.runs) == 1 else "", "curves.png")
+    try:
+        print(plot(arguments.runs, out))
+    except OSError as error:
+        sys.exit(f"error: {out} cannot be written: {error.strerror or error}")
 
 
 if __name__ == "__main__":

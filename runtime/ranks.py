@@ -118,8 +118,8 @@ def wait_for_first_rank(call, waiting):
 class Vote:
     """Yes-or-no questions to all ranks, answered one step later, so that no step waits for one.
 
-    What only some ranks know (a signal, a clock, a file that is written) becomes a decision that
-    all of them take at the same step.
+    What only some ranks know (a signal, a clock) becomes a decision that all of them take at the
+    same step.
 
         vote = Vote(2)
         for each step:

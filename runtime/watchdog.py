@@ -14,6 +14,7 @@ Each rank listens to the heartbeat of the next one, so a silent rank is found wh
 rank that hangs still has a heartbeat, but it has begun fewer collectives than the others.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import os
@@ -316,7 +317,9 @@ def is_echo(error):
 
 
 def complain(message):
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    # Nobody may be reading any more; that must not keep this process from ending.
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def start_thread(function):

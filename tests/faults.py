@@ -7,6 +7,8 @@ TERM, USR1, INT  it sends itself that signal
 feature          the features of its third sample are NaN in this step
 gradient         its gradient is NaN in this step
 leak             every step from this one on keeps 1 MB and opens a file (the soak test must see it)
+eval-kill        in the evaluation after this step the rank kills itself, once that step is saved
+eval-TERM        it sends itself SIGTERM when that evaluation begins
 
 Steps count from 1. With FASTCLIP_IDS=FILE every rank appends the ids of its samples to FILE, a
 line a step.
@@ -24,19 +26,35 @@ import train
 from runtime import ranks
 
 plain_step = train.train_step
+plain_evaluate = train.evaluation.evaluate
 leaked = []
 
 
 def install(faults):
-    """Make train.train_step do the faults {(step, rank): name}, each of them once."""
+    """Make train.train_step and eval.evaluate do the faults {(step, rank): name}, each once."""
+    faulty = Faulty(faults)
+    train.train_step = faulty.train_step
+    train.evaluation.evaluate = faulty.evaluate
 
-    def step_with_faults(t, batch, step):
+
+def uninstall():
+    train.train_step = plain_step
+    train.evaluation.evaluate = plain_evaluate
+
+
+class Faulty:
+    def __init__(self, faults):
+        self.faults = faults
+        self.steps_done = 0
+
+    def train_step(self, t, batch, step):
+        self.steps_done = step + 1
         record_ids(batch)
-        if leaks(faults, step + 1):
+        if leaks(self.faults, step + 1):
             leaked.append((bytearray(os.urandom(1 << 20)), open(os.devnull)))
             return plain_step(t, batch, step)
 
-        fault = faults.pop((step + 1, dist.rank()), None)
+        fault = self.take(is_in_evaluation=False)
         act(fault)
         hook = spoil(fault, t.model, batch)
         try:
@@ -45,11 +63,30 @@ def install(faults):
             if hook:
                 hook.remove()
 
-    train.train_step = step_with_faults
+    def evaluate(self, model, c, *args, **options):
+        fault = self.take(is_in_evaluation=True)
+        if fault == "eval-kill":
+            wait_until_saved(c, self.steps_done)
+        act(fault.removeprefix("eval-"))
+        return plain_evaluate(model, c, *args, **options)
+
+    def take(self, is_in_evaluation):
+        """-> the fault that is due now on this rank, "" if there is none."""
+        place = (self.steps_done, dist.rank())
+        if self.faults.get(place, "").startswith("eval-") == is_in_evaluation:
+            return self.faults.pop(place, "")
+        return ""
 
 
-def uninstall():
-    train.train_step = plain_step
+def wait_until_saved(c, step):
+    """Wait until the newest checkpoint is of this step, for 20 seconds at most."""
+    latest = os.path.join(c.out_dir, "checkpoints", "latest")
+    for _ in range(200):
+        if os.path.exists(latest):
+            with open(latest) as f:
+                if f.read() == f"step-{step:08d}":
+                    return
+        time.sleep(0.1)
 
 
 def record_ids(batch):

@@ -1,7 +1,8 @@
 """What takes too long for `make test`: many kills, a search for leaks, and the cost of saving.
 
     python tests/soak.py kills [--kills=50]
-        2 ranks under torchrun, killed at random moments: the run must end as if it never had been
+        2 ranks under torchrun, killed at random moments of starting, training, saving and
+        evaluating: the run must end as if it never had been
     python tests/soak.py memory [--steps=4000]
         the emoji set with workers: memory and open files of every process must not grow
     python tests/soak.py stall
@@ -134,13 +135,16 @@ def role(pid):
 
 # ---- kills ----
 
+MOMENTS = ("start-up", "training", "training", "evaluation")
+EVAL_STEPS = 40  # not a multiple of the steps between two kills
+
 
 class Kills:
     """What happened to the run that is killed: figures for the results."""
 
     def __init__(self):
         self.ways = {}  # {way of killing: how often}
-        self.before_training = 0
+        self.moments = {}  # {moment: how often}
         self.slowest_end = 0.0  # seconds
         self.last_saved_step = None
 
@@ -157,6 +161,9 @@ def kills(folder, count, steps, seed, done=0):
     settings = {
         **TINY,
         "train_data": shapes.write(os.path.join(folder, "set")),
+        "eval_data": shapes.write(os.path.join(folder, "test"), 4, 1000, seed=1, classes=True),
+        "eval_steps": EVAL_STEPS,
+        "eval_batch": 32,
         "algorithm": "fastclip-v2",
         "max_steps": steps,
         "epochs": 10000,
@@ -180,8 +187,14 @@ def kills(folder, count, steps, seed, done=0):
     figures = Kills()
     with open(os.path.join(folder, "killed.log"), "a") as log:
         for number in tqdm(range(done, count), "kills"):
+            moment = draw.choice(MOMENTS)
+            figures.moments[moment] = figures.moments.get(moment, 0) + 1
+            if moment == "start-up":
+                # Then it includes indexing.
+                remove_index(settings["train_data"])
+
             run = launch(settings, killed, log)
-            wait_for_a_random_moment(run, killed, log.name, draw, figures)
+            wait_for(moment, run, killed, log.name, draw)
             kill_in_a_random_way(run, number, draw, figures)
             if has_checkpoint(killed):
                 figures.last_saved_step = int(newest_checkpoint(killed).removeprefix("step-"))
@@ -194,9 +207,10 @@ def kills(folder, count, steps, seed, done=0):
             "kills": count,
             "of_these_in_an_earlier_session": done,
             "ways_in_this_one": figures.ways,
-            "before_training": figures.before_training,
+            "moments_in_this_one": figures.moments,
             "steps": steps,
             "save_steps": settings["save_steps"],
+            "eval_steps": EVAL_STEPS,
             "last_kill_after_step": figures.last_saved_step,
             "slowest_to_end_s": round(figures.slowest_end, 1),
             "damaged_checkpoints": read(log.name).count("is damaged"),
@@ -223,27 +237,54 @@ def has_checkpoint(out_dir):
     return os.path.isdir(root) and len(checkpoint.steps(root)) > 0
 
 
-def wait_for_a_random_moment(run, out_dir, log_path, draw, figures):
-    """Now and then while the run starts, otherwise some steps after it has started."""
-    if draw.random() < 0.1:
-        time.sleep(draw.uniform(0, 8))
-        figures.before_training += 1
+def remove_index(train_data):
+    index = os.path.join(os.path.dirname(train_data), "index.json")
+    if os.path.exists(index):
+        os.remove(index)
+
+
+def wait_for(moment, run, out_dir, log_path, draw):
+    """Wait for a random point of starting, of training (and saving), or of an evaluation."""
+    if moment == "start-up":
+        time.sleep(draw.uniform(0, 10))
         return
 
-    # In steps, not in seconds, so that the run gets on even on a slow machine.
-    steps = draw.randrange(1, 50)
     with open(log_path) as log:
         log.seek(0, os.SEEK_END)
         while "; from step" not in log.read():
-            assert run.poll() is None, f"it does not start again: see {log_path}"
+            check_still_running(run, log_path)
             time.sleep(0.1)
 
     metrics = os.path.join(out_dir, "metrics.jsonl")
-    last = count_lines(metrics) + steps
+    if moment == "evaluation":
+        while not is_evaluating(metrics):
+            check_still_running(run, log_path)
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 3))
+        return
+
+    # In steps, not in seconds, so that the run gets on even on a slow machine.
+    last = count_lines(metrics) + draw.randrange(1, 50)
     while count_lines(metrics) < last:
-        assert run.poll() is None, f"it ended too early: give more --steps, or see {log_path}"
+        check_still_running(run, log_path)
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.3))
+
+
+def check_still_running(run, log_path):
+    assert run.poll() is None, f"it ended too early: give more --steps, or see {log_path}"
+
+
+def is_evaluating(metrics):
+    """Whether the last row of metrics.jsonl is that of a step after which an evaluation is due."""
+    if not os.path.exists(metrics):
+        return False
+    lines = read(metrics).splitlines()
+    try:
+        row = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return False  # nothing yet, or a line that is just being written
+    return "objective" in row and row["step"] % EVAL_STEPS == 0
 
 
 def count_lines(path):
@@ -254,13 +295,13 @@ def count_lines(path):
 
 
 def kill_in_a_random_way(run, number, draw, figures):
-    """Kill all processes, one rank, torchrun or a worker, and wait until nothing is left."""
+    """Kill all processes, one rank, torchrun or a worker, or terminate; wait for the end of all."""
     everyone = set(family(run.pid))
     way, targets = choose_targets(run, everyone, draw)
 
     start = time.monotonic()
     for pid in targets:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL)
     while run.poll() is None or any(family(pid) for pid in everyone):
         everyone.update(family(run.pid))
         # A rank that is just joining the others looks for them for `timeout` + 60 s.
@@ -275,8 +316,9 @@ def kill_in_a_random_way(run, number, draw, figures):
 
 def choose_targets(run, everyone, draw):
     """-> (way of killing, ids of the processes to kill)"""
-    way = draw.choice(["all", "rank", "torchrun", "worker"])
-    if way == "torchrun":
+    way = draw.choice(["all", "rank", "torchrun", "worker", "SIGTERM"])
+    if way in ("torchrun", "SIGTERM"):
+        # torchrun passes SIGTERM on to its ranks.
         return way, [run.pid]
     if way in ("rank", "worker"):
         candidates = sorted(pid for pid in everyone if role(pid) == way)
@@ -470,7 +512,7 @@ def measure_saves(run, saver, repeats, label):
         wait = saver.save(number, {})
         while saver.writing():
             steps_meanwhile.append(run.step())
-        assert saver.commit()
+        assert saver.wait()
 
         # The first save also has to allocate its memory.
         if number > 0:

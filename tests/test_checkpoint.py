@@ -75,7 +75,7 @@ def test_a_checkpoint_holds_the_moment_of_saving(tmp_path, monkeypatch):
     assert waited < 1.0  # of the 1.5 s that three files take
 
     run.step()
-    assert run.saver.commit()
+    assert run.saver.wait()
     assert run.saver.newest.endswith("step-00000001")
     saved = checkpoint_files(run.saver.newest)
     assert equal(saved["model.pt"]["state_dict"], weights)
@@ -107,13 +107,13 @@ def test_save_minutes(tmp_path, sets):
 def test_nonfinite_weights_are_not_saved(tmp_path):
     run = SmallRun(tmp_path)
     run.saver.save(1, {})
-    run.saver.commit()
+    run.saver.wait()
     run.model[0].bias.data[3] = float("inf")
     message = (
         "0.bias is not finite after step 2, which is not saved. "
         "The newest good checkpoint is .*step-00000001"
     )
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(config.BadRun, match=message):
         run.saver.save(2, {})
 
 
@@ -245,7 +245,7 @@ def test_latest_may_be_damaged(three_checkpoints, content, expected, capsys):
     assert newest_checkpoint(str(three_checkpoints)) == expected
     printed = capsys.readouterr().err
     if content == b"step-00000002":
-        assert "step-00000003 is not used: its save had not ended" in printed
+        assert "step-00000003 is not used: it is later than step-00000002" in printed
     else:
         assert "latest names no checkpoint" in printed
 
@@ -300,6 +300,37 @@ def test_checkpoints_that_were_given_up_are_put_aside(tmp_path):
     ]
     os.truncate(tmp_path / "checkpoints" / "step-00000006" / "model.pt", 10)
     assert newest_checkpoint(str(tmp_path)) == "step-00000004"
+
+
+def test_killed_while_checkpoints_are_put_aside(tmp_path, capsys):
+    """A run that goes back to step 4 never returns to what it gave up."""
+    run = SmallRun(tmp_path, keep=3, save_background=False)
+    for step in (4, 8, 12):
+        run.step_and_save(step)
+    run.saver.close()
+    newest = str(tmp_path / "checkpoints" / "step-00000004")
+    plain_rename = os.rename
+
+    def rename_and_die(old, new):
+        plain_rename(old, new)
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        os.rename = rename_and_die
+        SmallRun(tmp_path, newest=newest)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert checkpoint_names(tmp_path) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012.abandoned",
+    ]
+    assert newest_checkpoint(str(tmp_path)) == "step-00000004"
+
+    SmallRun(tmp_path, newest=newest).saver.close()
+    assert "step-00000008.abandoned" in checkpoint_names(tmp_path)
+    assert "put aside as .abandoned" in capsys.readouterr().err
 
 
 # ---- a full disk ----
@@ -378,7 +409,7 @@ def test_a_full_disk_costs_one_checkpoint(small_disk, sets, monkeypatch, capsys)
     # If the last save of a run fails, the run fails.
     disk.fail_at_save(1)
     settings.update(max_steps=16, save_steps=20)
-    with pytest.raises(RuntimeError, match="the last checkpoint could not be saved"):
+    with pytest.raises(config.BadRun, match="the last checkpoint could not be saved"):
         train(out, sets, **settings, resume="auto")
     assert newest_checkpoint(out) == "step-00000012"
 

@@ -16,10 +16,14 @@ import torch.distributed as c10d
 import dist
 from conftest import ROOT
 from helpers import (
+    SHORT_RUN,
+    TINY,
     assert_all_succeed,
     assert_same_run,
     environment,
+    metrics,
     newest_checkpoint,
+    run,
     start_ranks,
     wait_for,
 )
@@ -82,7 +86,7 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, sets, uninterrupted, fault,
         assert "error: rank 1, step 6: ValueError: boom" in printed1
     if fault == "hang":
         # The rank that hangs prints the stack of where it does.
-        assert "in step_with_faults" in printed1, printed1
+        assert "faults.py" in printed1, printed1
 
     assert newest_checkpoint(out) == "step-00000004"
     if fault == "kill":
@@ -98,6 +102,20 @@ def test_the_death_of_the_first_rank_is_named(tmp_path, sets):
     assert status == 1, printed
     for word in ("rank 1", "step 3", "first host"):
         assert word in printed, printed
+
+
+def test_a_kill_during_an_evaluation_costs_no_step(tmp_path, sets):
+    """A save is the newest checkpoint while the evaluation after it still goes on."""
+    out = str(tmp_path / "run")
+    settings = {**TINY, **SHORT_RUN, **sets, "eval_steps": 8, "out_dir": out}
+    result = run("tests/faults.py", "eval-kill@8:1", ranks=2, **settings)
+    assert result.returncode != 0
+    assert newest_checkpoint(out) == "step-00000008"
+
+    result = run("train.py", ranks=2, **settings, resume="auto")
+    assert result.returncode == 0, result.stderr
+    assert "from step 8;" in result.stdout
+    assert [row["step"] for row in metrics(out) if "eval/zeroshot_top1" in row] == [8, 12]
 
 
 def test_a_slow_start_is_no_hang(tmp_path, sets):

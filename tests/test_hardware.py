@@ -40,3 +40,23 @@ def test_compiling_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_p
     header.unlink()
     assert not hardware.compiles("auto", GPU)
     assert "it needs a C compiler and Python.h (" in capsys.readouterr().err
+
+
+def test_gpus_without_a_rank_are_reported(monkeypatch, capsys):
+    """torchrun starts one rank per host unless it is told otherwise."""
+    monkeypatch.setattr(hardware.torch.cuda, "device_count", lambda: 8)
+    hardware.report_idle_gpus(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    hardware.report_idle_gpus(GPU)
+    assert not capsys.readouterr().err
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    hardware.report_idle_gpus(GPU)
+    printed = capsys.readouterr().err
+    assert "7 of the 8 GPUs" in printed
+    assert "--nproc_per_node gpu" in printed
+
+    # Rank 0 speaks for all.
+    monkeypatch.setattr(hardware.dist, "rank", lambda: 1)
+    hardware.report_idle_gpus(GPU)
+    assert not capsys.readouterr().err

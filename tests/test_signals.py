@@ -14,8 +14,10 @@ from helpers import (
     TORCHRUN,
     assert_same_run,
     environment,
+    metrics,
     newest_checkpoint,
     run,
+    run_jobs,
     train,
     words_of,
 )
@@ -79,6 +81,53 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, sets):
     step = int(stopped[1])
     assert step > 5
     assert newest_checkpoint(out) == f"step-{step:08d}"
+
+
+def test_a_signal_leaves_an_evaluation(tmp_path, sets, capsys):
+    """At step 6, at the end, and when the next job makes up for it: none of it costs anything."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    settings = {**TINY, **SHORT_RUN, **sets, "eval_steps": 6}
+    assert run_jobs(("", dict(settings, out_dir=one))) == [None]
+
+    settings.update(out_dir=two, resume="auto")
+    for fault, evaluated in (
+        ("eval-TERM@6:0", []),  # saved because of the signal
+        ("eval-TERM@12:0", [6]),
+        ("eval-TERM@0:0", [6]),  # before the first step of this job
+    ):
+        assert run_jobs((fault, settings)) == [None]
+        step = 6 if "@6" in fault else 12
+        printed = capsys.readouterr().out
+        assert f"stopped after step {step} of 12 (SIGTERM during the evaluation)" in printed
+        assert newest_checkpoint(two) == f"step-{step:08d}"
+        assert evaluations(two) == evaluated
+
+    assert run_jobs(("", settings)) == [None]
+    assert evaluations(two) == [6, 12]
+    assert os.path.exists(os.path.join(two, "eval.json"))
+    assert_same_run(one, two)
+
+
+def test_a_signal_to_one_rank_leaves_the_evaluation_of_all(tmp_path, sets):
+    out = str(tmp_path / "run")
+    settings = {**TINY, **SHORT_RUN, **sets, "eval_steps": 6, "out_dir": out}
+    result = run("tests/faults.py", "eval-TERM@6:1", ranks=2, **settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "stopped after step 6 of 12 (a signal during the evaluation)" in result.stdout
+    assert newest_checkpoint(out) == "step-00000006"
+    assert evaluations(out) == []
+
+
+def test_a_signal_after_the_last_step_changes_nothing(tmp_path, sets, monkeypatch, capsys):
+    """While the curves are drawn, when all is saved."""
+    monkeypatch.setattr("runtime.log.plot", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "")
+    train(str(tmp_path / "run"), sets, **SHORT_RUN)
+    assert "done in" in capsys.readouterr().out
+    assert newest_checkpoint(str(tmp_path / "run")) == "step-00000012"
+
+
+def evaluations(out_dir):
+    return [row["step"] for row in metrics(out_dir) if "eval/zeroshot_top1" in row]
 
 
 @pytest.mark.parametrize("stop_after", [5, "0.05s"])
