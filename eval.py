@@ -499,16 +499,22 @@ def why_not_evaluable(path):
 
 
 def nearest_folder(path):
-    """A hint at the run or checkpoint, around `path`, whose folder is spelt most alike."""
+    """A hint at a run or checkpoint inside `path` or else around it, the one spelt most alike."""
     path = os.path.normpath(path)
     above = os.path.dirname(path)
-    found = [above]
-    for place in (path, above):
-        if os.path.isdir(place or "."):
-            found += [os.path.join(place, name) for name in os.listdir(place or ".")]
-
-    found = [folder for folder in found if is_checkpoint(folder) or has_checkpoint(folder)]
+    found = evaluable(folders_in(path)) or evaluable([above, *folders_in(above)])
     return configs.nearest(path, found, cutoff=0.0)  # any is better than none
+
+
+def folders_in(place):
+    place = place or "."
+    if not os.path.isdir(place):
+        return []
+    return [os.path.normpath(os.path.join(place, name)) for name in os.listdir(place)]
+
+
+def evaluable(folders):
+    return [folder for folder in folders if is_checkpoint(folder) or has_checkpoint(folder)]
 
 
 def has_checkpoint(path):

@@ -133,8 +133,7 @@ class Job:
             from_first_rank(checkpoint.check_settings, self.start_from, c)
         index = self.once(load_index, c.train_data, c.caption_key, count_remote=c.index_remote)
         if c.eval_data:
-            self.once(load_index, c.eval_data, c.caption_key, evaluation=True)
-            from_first_rank(evaluation.check, c)
+            self.once(evaluation.check, c)
         self.progress("start-up, making the model")
         return index
 
