@@ -86,7 +86,7 @@ class ShardCounter:
         with ThreadPool(THREADS) as pool:
             sizes = {} if self.verify else read_sizes(urls, self.kinds, pool, self.progress)
             results = pool.imap(partial(self.count_or_error, sizes=sizes), urls)
-            results = tqdm(results, f"indexing {pattern}", len(todo), unit="shard")
+            results = tqdm(results, f"indexing {pattern}", len(todo), unit="shard", disable=None)
 
             for (name, url), result in zip(todo.items(), results):
                 self.progress(f"start-up, indexing {name}")

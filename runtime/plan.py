@@ -31,8 +31,11 @@ def report(c):
     run = numbers(c)
     usable = usable_ranks(c, run)
 
-    lines = [
-        *summary(c, run),
+    lines = summary(c, run)
+    warning = c.long_warmup(run.total_steps)
+    if warning:
+        lines.append(f"warning      {warning}")
+    lines += [
         "",
         "per rank, on so many ranks; bytes sent per step (ring algorithms)",
         *format_table(table(c, run, usable)),

@@ -1,6 +1,7 @@
 """config.py: types, nearest names, files that start from another, and every config in configs/."""
 
 import os
+import re
 
 import pytest
 
@@ -56,7 +57,18 @@ def test_the_papers_figures():
         (["--batch_size=1.5"], "batch_size = 1.5 is of type float; it must be int"),
         (["--compile=1"], "must be True or False or 'auto'"),
         (["--lr"], "write --key=value"),
-        (["no_such.py"], "no config file 'no_such.py'"),
+        (["--lr", "1e-3"], "write --key=value, here --lr=1e-3"),
+        (["--train-data=a.tar"], "write --key=value, here --train_data=a.tar"),
+        (["--resume_changes"], "write --key=value, here --resume_changes=True"),
+        (["--no-such", "3"], "unknown key 'no_such'"),
+        (["--batch-size", "64"], "--batch_size=N, the batch of all ranks together"),
+        (["--imagenet-val", "folder"], "Here: --eval_data="),
+        (["--fastclip"], "Here: --algorithm="),
+        (["--precision=amp_bf16"], "did you mean 'bf16'"),
+        (["no_such.py"], "no config file 'no_such.py'; there are some in .*configs/"),
+        (["nope.py"], "no config file 'nope.py'; there are some in .*configs/"),
+        (["emoji_v3"], "did you mean '.*configs/emoji_v3.py'"),
+        (["configs/emojiv3.py"], "did you mean '.*configs/emoji_v3.py'"),
         (["--batch_size=10", "--lanes=4"], "lanes = 4 does not divide batch_size = 10"),
         (["--gamma_min=0"], r"gamma_min = 0.0 must lie in \(0, 1\]"),
         (["--batch_size=1"], "no negatives"),
@@ -69,6 +81,13 @@ def test_the_papers_figures():
 def test_bad_settings_are_refused_with_a_word(words, message):
     with pytest.raises(ConfigError, match=message):
         config.load(words)
+
+
+def test_the_words_of_other_programs_name_keys_of_ours():
+    named = re.findall(r"--(\w+)=", " ".join(config.OTHER_WORDS.values()))
+    assert len(named) > 20
+    assert not set(named) - set(config.HINTS)
+    assert not set(config.OTHER_WORDS) & set(config.HINTS)
 
 
 def test_a_file_starts_from_another_and_the_command_line_comes_last(tmp_path):
