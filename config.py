@@ -17,6 +17,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -640,8 +641,13 @@ def help_text():
 
 
 def or_exit(function, *args):
-    """Call, and turn a ConfigError or a BadRun into one line on stderr and exit status 1."""
+    """Call, and turn a ConfigError or a BadRun into one line on stderr and exit status 1.
+
+    Ctrl-C ends the program without a traceback, with the status that a shell gives it.
+    """
     try:
         return function(*args)
     except (ConfigError, BadRun) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -1,5 +1,6 @@
 """config.py: types, nearest names, files that start from another, and every config in configs/."""
 
+import glob
 import os
 import re
 
@@ -189,3 +190,30 @@ def test_the_maps_of_files_are_complete():
         folder, _, file = name.rpartition(".")
         if folder in ("", "runtime", "ingest", "bench") and not file.startswith("__"):
             assert f"`{file}.py`" in (files if folder else readme), f"{name} is in no map"
+
+
+def test_the_tests_that_the_table_of_faults_names_exist():
+    """Each row of docs/reliability.md names, in its last column, the tests that show it."""
+    sources = ""
+    for path in glob.glob(os.path.join(ROOT, "tests", "*.py")):
+        with open(path) as f:
+            sources += f.read()
+    with open(os.path.join(ROOT, "docs", "reliability.md")) as f:
+        rows = [line.strip() for line in f if line.startswith("| ")]
+
+    named = 0
+    for row in rows:
+        shown_by = row.rstrip("| ").rpartition("|")[2]
+        for name in re.findall(r"`([a-z0-9_]+)`", shown_by):
+            assert f"def test_{name}(" in sources, row
+            named += 1
+    assert named > 60
+
+
+def test_ctrl_c_leaves_no_traceback():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        config.or_exit(interrupted)
+    assert end.value.code == 130
