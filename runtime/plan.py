@@ -31,8 +31,11 @@ def report(c):
     run = numbers(c)
     usable = usable_ranks(c, run)
 
-    lines = [
-        *summary(c, run),
+    lines = summary(c, run)
+    warning = c.long_warmup(run.total_steps)
+    if warning:
+        lines.append(f"warning      {warning}")
+    lines += [
         "",
         "per rank, on so many ranks; bytes sent per step (ring algorithms)",
         *format_table(table(c, run, usable)),
@@ -111,7 +114,12 @@ def count_samples(c):
     if c.train_samples:
         return c.train_samples, "train_samples in the config"
     if c.train_data:
-        index = load_index(c.train_data, c.caption_key, count_remote=c.index_remote)
+        index = load_index(
+            c.train_data,
+            c.caption_key,
+            count_remote=c.index_remote,
+            allow_left_out=c.allow_left_out,
+        )
         return index.num_samples, "the index of the shards"
     raise ConfigError(
         "plan needs the number of samples: give train_samples, or train_data that is at hand"
