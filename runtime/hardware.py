@@ -103,6 +103,25 @@ def peak_flops(dtype, device):
     return 2 * n**3 / best
 
 
+class HostCopy:
+    """A copy of a tensor in the host's memory, under way: neither host nor device wait for it."""
+
+    def __init__(self, x):
+        self.event = None
+        self.copy = x
+        if x.device.type == "cuda":
+            self.copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.copy.copy_(x, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self):
+        """-> the copy, a tensor on the CPU. Waits until the device has computed it."""
+        if self.event:
+            self.event.synchronize()
+        return self.copy
+
+
 def synchronize(device):
     """Wait until the device has finished what it was given."""
     if device.type == "cuda":

@@ -199,7 +199,7 @@ class Job:
         self.signals = StopSignals()
         self.saved_step = step
         self.saved_at = time.monotonic()
-        self.votes = Vote(2)
+        self.votes = Vote(3)
 
         # The job that saved this step may have ended before its evaluation.
         if self.evaluation_is_due(step) and not from_first_rank(self.log.has_evaluation, step):
@@ -220,7 +220,7 @@ class Job:
             self.progress(f"step {self.step + 1}, waiting for data")
 
     def ask_votes(self):
-        """Start a vote on what only some ranks know: a signal, the clock.
+        """Start a vote on what only some ranks know: a signal, the clock, bad samples.
 
         It is answered one step later, so that no step waits for it.
         """
@@ -230,12 +230,12 @@ class Job:
         save_is_due = (
             dist.rank() == 0 and c.save_minutes > 0 and now - self.saved_at > 60 * c.save_minutes
         )
-        self.votes.ask(wants_to_leave, save_is_due)
+        self.votes.ask(wants_to_leave, save_is_due, sum(self.log.bad.values()))
 
     def save_if_due(self, step):
         """Begin a checkpoint if this step ends the job, an interval or some minutes."""
         self.step = step
-        leave, save_is_due = self.votes.result()
+        leave, save_is_due, self.log.num_bad = self.votes.result()
         self.leaving = leave > 0 or step == self.last_step
 
         interval = self.config.save_steps or self.t.steps_per_epoch

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import config as configs
 import dist
 from config import BadRun
-from runtime.hardware import peak_flops
+from runtime.hardware import HostCopy, peak_flops
 from runtime.plots import plot
 
 MAX_BAD = 0.01  # of all samples (or steps): beyond it, the data need a look before more is spent
@@ -48,10 +48,30 @@ class Step(NamedTuple):
     gradient_finite: torch.Tensor  # () bool, of this rank's own gradient
 
 
+class Report(NamedTuple):
+    """A row of metrics.jsonl as far as the host knows it when it is due."""
+
+    step: int
+    at: float  # by time.monotonic()
+    speed: float  # samples/s since the report before
+    data_wait: float  # share of the time since then
+    save_wait: float  # seconds
+    lr: dict  # {group of parameters: its learning rate}
+    bad: Counter  # bad samples of this rank and job until then, by reason
+    steps: list  # the Steps since the report before
+    values: HostCopy  # (n, 4), of these steps
+    gamma: HostCopy  # ()
+
+
 class Log:
-    """Collects what steps return without waiting for the device; reports every `log_steps`.
+    """Collects what steps return, without waiting for the device; reports every `log_steps`.
+
+    A row of metrics is written one report later. By then the device has computed its values, and a
+    vote has told whether any rank had bad samples, so that training waits neither for the device
+    nor for other ranks. Only a save and an evaluation complete all rows at once.
 
     save_wait: seconds since the last report in which training waited for a checkpoint's copy.
+    num_bad: bad samples of all ranks in this job, as the last vote told.
     """
 
     def __init__(self, t, num_samples, step, state=None):
@@ -69,10 +89,14 @@ class Log:
 
         # What has come in since the last report.
         self.pending = []  # Steps
-        self.bad = Counter()  # of this rank and job, by reason
         self.gamma = 1.0
         self.data_wait = 0.0  # seconds
         self.save_wait = 0.0
+
+        self.reports = deque()  # Reports whose rows are not written yet
+        self.bad = Counter()  # samples of this rank and job, by reason
+        self.bad_of_all = Counter()  # samples of all ranks in this job, as last gathered
+        self.num_bad = 0
 
         # mbcl of the last reports, once it should be below chance.
         steps_after_warmup = max(0, t.total_steps - c.warmup_steps)
@@ -140,7 +164,7 @@ class Log:
         self.data_wait += time.monotonic() - self.step_ended_at
 
     def step(self, step, batch, out, grad_norm):
-        """Note what a step returned, and report if it is time. Raises BadRun as collect() does.
+        """Note what a step returned, and report if it is time. Raises BadRun as look_at() does.
 
         step: steps done. batch: data.Batch. out: LossOutput. grad_norm: ().
         """
@@ -171,28 +195,33 @@ class Log:
 
     # ---- looking at the steps since the last time ----
 
-    def collect(self):
-        """Wait for the device and look at the pending steps: before each report and checkpoint.
+    def look_at(self, steps, values):
+        """Look at Steps and their values, a HostCopy (n, 4).
 
-        Returns {reason: bad samples of all ranks and jobs}. Raises BadRun for an objective or a
-        gradient that is not finite, naming step, ranks and sample ids, and for too many skipped
-        steps or bad samples.
+        Raises BadRun for an objective or a gradient that is not finite, naming step, ranks and
+        sample ids.
         """
-        if self.pending:
-            values = torch.stack([row.values for row in self.pending]).double().cpu().tolist()
-        else:
-            values = []
-        for row, (objective, mbcl, tau, grad_norm) in zip(self.pending, values):
+        for row, (objective, mbcl, tau, grad_norm) in zip(steps, values.read().tolist()):
             self.seen += 1
             if math.isfinite(objective) and math.isfinite(grad_norm):
                 self.window.append([objective, mbcl, tau, grad_norm, row.text_length])
             else:
                 self.note_nonfinite(row, objective)
-        self.pending = []
 
+    def gather_bad(self, of_this_rank):
+        """-> {reason: bad samples of all ranks and jobs}. of_this_rank: Counter, of this job.
+
+        Raises BadRun for too many bad samples or skipped steps.
+        """
+        self.bad_of_all = Counter()
+        for counts in dist.all_gather_objects(of_this_rank):
+            self.bad_of_all.update(counts)
+        return self.checked_bad()
+
+    def checked_bad(self):
+        """-> {reason: bad samples of all ranks and jobs}, as last gathered. Raises BadRun."""
         bad = Counter(self.bad_before)
-        for counts in dist.all_gather_objects(self.bad):
-            bad.update(counts)
+        bad.update(self.bad_of_all)
         self.check_limits(bad)
         return dict(bad)
 
@@ -239,11 +268,20 @@ class Log:
             )
 
     def state(self):
-        """What a checkpoint keeps, so that a continued run writes the rows of one never stopped."""
+        """What a checkpoint keeps, so that a continued run writes the rows of one never stopped.
+
+        Waits for the device. Raises BadRun, so that nothing is saved of a run that must not go on.
+        """
+        self.complete_reports()
+        if self.pending:
+            self.look_at(self.pending, self.copy_of_values())
+            self.pending = []
+        bad = self.gather_bad(self.bad)
+
         if self.file:
             self.file.flush()
         return {
-            "bad": self.collect(),
+            "bad": bad,
             "window": self.window,
             "seen": self.seen,
             "skipped": self.skipped,
@@ -252,25 +290,59 @@ class Log:
     # ---- reports ----
 
     def report(self, step):
-        """Write a row of metrics over the steps since the last report; move the progress line."""
-        bad = self.collect()
-        row = self.metrics(step, bad)
-        self.window = []
+        """Note what is known of a row of metrics, and write those that can be completed."""
+        now = time.monotonic()
+        seconds = now - self.reported_at
+        report = Report(
+            step=step,
+            at=now,
+            speed=(step - self.reported_step) * self.config.batch_size / seconds,
+            data_wait=self.data_wait / seconds,
+            save_wait=self.save_wait,
+            lr={group["name"]: group["lr"] for group in self.t.optimizer.param_groups},
+            bad=Counter(self.bad),
+            steps=self.pending,
+            values=self.copy_of_values(),
+            gamma=HostCopy(torch.as_tensor(self.gamma, dtype=torch.float64)),
+        )
+        self.reports.append(report)
+        self.pending = []
         self.data_wait = 0.0
         self.save_wait = 0.0
-        self.reported_at = time.monotonic()
+        self.reported_at = now
         self.reported_step = step
+
+        # The vote asked after a step is answered in the next one: num_bad counts until step - 2.
+        while self.reports[0].step <= step - 2:
+            report = self.reports.popleft()
+            has_new_bad = self.num_bad != sum(self.bad_of_all.values())
+            self.complete(report, gather=has_new_bad)
+
+    def copy_of_values(self):
+        """The values of the pending steps -> HostCopy (n, 4)."""
+        return HostCopy(torch.stack([row.values for row in self.pending]))
+
+    def complete_reports(self):
+        """Write all rows of metrics that wait. Waits for the device and for the other ranks."""
+        while self.reports:
+            self.complete(self.reports.popleft(), gather=True)
+
+    def complete(self, report, gather):
+        """Write a report's row; move the progress line. gather: whether there are new bad samples.
+
+        All ranks call it at the same step.
+        """
+        self.look_at(report.steps, report.values)
+        bad = self.gather_bad(report.bad) if gather else self.checked_bad()
+        row = self.metrics(report, bad)
+        self.window = []
         self.write(row)
         if dist.rank() == 0:
-            self.show(row)
+            self.show(row, report.at)
             self.look_at_mbcl(row)
 
-    def metrics(self, step, bad):
+    def metrics(self, report, bad):
         """A row of metrics.jsonl: means over the window, present values of what is scheduled."""
-        t = self.t
-        seconds = time.monotonic() - self.reported_at
-        speed = (step - self.reported_step) * self.config.batch_size / seconds
-
         # Without a finite step since the last report, the means are not a number.
         rows = self.window or [[math.nan] * 5]
         columns = list(zip(*rows))
@@ -279,29 +351,31 @@ class Log:
 
         # A backward pass counts as two forward passes.
         pair_flops = 3 * (self.flops["image"] + self.flops["token"] * text_length)
-        mfu = pair_flops * speed / dist.world_size() / self.peak_flops
-        lr = {group["name"]: group["lr"] for group in t.optimizer.param_groups}
+        mfu = pair_flops * report.speed / dist.world_size() / self.peak_flops
         return {
-            "step": step,
-            "epoch": step / t.steps_per_epoch,
-            "samples": step * self.config.batch_size,
+            "step": report.step,
+            "epoch": report.step / self.t.steps_per_epoch,
+            "samples": report.step * self.config.batch_size,
             "objective": objective,
             "mbcl": mbcl,
             "tau": tau,
             "grad_norm": grad_norm,
-            "gamma": float(self.gamma),
-            "lr": lr["decay"],
-            "lr_tau": lr.get("tau", 0.0),
-            "samples_per_second": speed,
+            "gamma": report.gamma.read().item(),
+            "lr": report.lr["decay"],
+            "lr_tau": report.lr.get("tau", 0.0),
+            "samples_per_second": report.speed,
             "mfu": mfu,
-            "data_wait": self.data_wait / seconds,
-            "save_wait": self.save_wait,
+            "data_wait": report.data_wait,
+            "save_wait": report.save_wait,
             "skipped": self.skipped,
             "bad": bad,
         }
 
-    def show(self, row):
-        """The progress line: on a terminal in place, elsewhere a printed line now and then."""
+    def show(self, row, at):
+        """The progress line: on a terminal in place, elsewhere a printed line now and then.
+
+        at: when the row was due.
+        """
         step = row["step"]
         line = progress_line(row, self.chance())
         self.bar.update(step - self.bar.n)
@@ -311,7 +385,7 @@ class Log:
         is_last = step == self.t.total_steps
         is_time = now - self.printed_at > PRINT_SECONDS or self.config.log_steps == 1
         if self.bar.disable and (is_time or is_last):
-            steps_per_second = (step - self.start_step) / (now - self.start)
+            steps_per_second = (step - self.start_step) / (at - self.start)
             left = duration((self.t.total_steps - step) / steps_per_second)
             print(f"step {step}/{self.t.total_steps}  {line}  {left} left", flush=True)
             self.printed_at = now
@@ -340,7 +414,8 @@ class Log:
         return f"mbcl {mbcl:.3f} is at chance ({self.chance():.3f}): {NOT_LEARNING}"
 
     def evaluation(self, step, results):
-        """Note the results of an evaluation, {name: value}."""
+        """Note the results of an evaluation, {name: value}. All ranks call it."""
+        self.complete_reports()  # their rows come first
         row = {"step": step}
         for key, value in results.items():
             row[f"eval/{key}"] = value

@@ -116,7 +116,7 @@ def wait_for_first_rank(call, waiting):
 
 
 class Vote:
-    """Yes-or-no questions to all ranks, answered one step later, so that no step waits for one.
+    """Questions to all ranks, yes or no or how many, answered one step later: no step waits.
 
     What only some ranks know (a signal, a clock) becomes a decision that all of them take at the
     same step.
@@ -128,19 +128,19 @@ class Vote:
     """
 
     def __init__(self, questions):
-        """questions: their number. The first result() is "no" to all of them."""
+        """questions: their number. The first result() is 0 for each."""
         self.ask(*[False] * questions)
 
     def ask(self, *answers):
-        """Send this rank's answers, one bool per question."""
+        """Send this rank's answers, one bool or int per question."""
         # On the CPU, by gloo: the GPU does not have to wait.
-        self.sums = torch.tensor(answers, dtype=torch.float32)
+        self.sums = torch.tensor(answers, dtype=torch.int64)
         self.work = dist.all_reduce(self.sums, "votes")
 
     def result(self):
-        """-> for each question of the last ask(), the number of ranks that said yes."""
+        """-> for each question of the last ask(), the sum of the ranks' answers."""
         self.work.wait()
-        return self.sums.int().tolist()
+        return self.sums.tolist()
 
 
 # ---- stopping ----

@@ -10,11 +10,14 @@ import tarfile
 import pytest
 import torch
 
+import dist
 import shapes
 import train as training
-from helpers import SHORT_RUN, TINY, refused, train, words_of
+from helpers import SHORT_RUN, TINY, metrics, refused, run_jobs, run_ranks, train, words_of
 from runtime import ranks
-from runtime.log import MetricsFile
+from runtime.hardware import HostCopy
+from runtime.job import Job
+from runtime.log import Log, MetricsFile
 
 # ---- runs that do not learn ----
 
@@ -59,6 +62,105 @@ def test_captions_that_belong_to_no_image_are_said(tmp_path, monkeypatch, capsys
 def test_a_warm_up_of_most_of_the_run_is_said(tmp_path, sets, capsys):
     train(str(tmp_path / "run"), sets, max_steps=4)
     assert "warmup_steps = 5 of 4 steps is more than a third" in capsys.readouterr().err
+
+
+# ---- reports ----
+
+
+class Waits:
+    """Notes what a run waits for, and at which step."""
+
+    def __init__(self, monkeypatch):
+        self.step = 0
+        self.ages = []  # for each copy that was read: how many steps before it was begun
+        self.gathers = []  # steps at which objects were gathered from all ranks
+        self.saves = []  # steps at which the state of the log was asked for
+        self.spy(monkeypatch, Log, "step", self.note_step)
+        self.spy(monkeypatch, Log, "state", self.note_save)
+        self.spy(monkeypatch, HostCopy, "__init__", self.note_copy)
+        self.spy(monkeypatch, HostCopy, "read", self.note_read)
+        self.spy(monkeypatch, dist, "all_gather_objects", self.note_gather)
+
+    def spy(self, monkeypatch, owner, name, note):
+        plain = getattr(owner, name)
+
+        def noted(*args, **options):
+            note(*args)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    def note_step(self, log, step, *_):
+        self.step = step
+
+    def note_save(self, log):
+        self.saves.append(self.step)
+
+    def note_copy(self, copy, x):
+        copy.begun_at = self.step
+
+    def note_read(self, copy):
+        if self.step not in self.saves:
+            self.ages.append(self.step - copy.begun_at)
+
+    def note_gather(self, x, group=None):
+        self.gathers.append(self.step)
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("log_steps, age", [(1, 2), (3, 3)])
+def test_a_report_waits_neither_for_the_device_nor_for_other_ranks(
+    tmp_path, sets, monkeypatch, log_steps, age
+):
+    """What it reads was begun a report ago, or two steps. Nothing is gathered but before saves."""
+    waits = Waits(monkeypatch)
+    settings = {**SHORT_RUN, "save_steps": 8, "log_steps": log_steps}
+    rows = train(str(tmp_path / "run"), sets, **settings)
+
+    assert [row["step"] for row in rows] == list(range(log_steps, 13, log_steps))
+    assert set(waits.ages) == {age}
+    assert waits.saves == [8, 12]
+    assert set(waits.gathers) == {8, 12}
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_bad_samples_are_gathered_when_there_are_new_ones(tmp_path, monkeypatch):
+    """And each row has those until its own step."""
+    sets = dict(train_data=write_shapes_with_bad_images(tmp_path / "few", 96))
+    bad_until = {}  # step: how many bad samples there were until then
+
+    def note_bad(log, step, *_):
+        bad_until[step] = sum(log.bad.values())
+
+    waits = Waits(monkeypatch)
+    waits.spy(monkeypatch, Job, "save_if_due", lambda job, step: note_bad(job.log, step))
+    settings = {**SHORT_RUN, "save_steps": 100, "log_steps": 1}
+    rows = train(str(tmp_path / "run"), sets, **settings)
+
+    found = {row["step"]: sum(row["bad"].values()) for row in rows}
+    assert found == bad_until
+    assert found[12] == 8
+    steps_with_bad = {step for step in found if found[step] > found.get(step - 1, 0)}
+    expected = {step + 2 for step in steps_with_bad if step + 2 < 12}
+    assert set(waits.gathers) - {12} == expected
+    assert 0 < len(expected) < 8
+
+    # On two ranks, of which each sees some of them.
+    out = str(tmp_path / "two")
+    job = ("", {**TINY, **settings, **sets, "out_dir": out})
+    assert run_ranks(2, run_jobs, job) == [[None], [None]]
+    assert {row["step"]: sum(row["bad"].values()) for row in metrics(out)} == found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_copy_from_a_gpu_does_not_wait():
+    x = torch.ones(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copy = HostCopy(x + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert copy.read().tolist() == [2, 2, 2]
 
 
 # ---- what cannot be written or shown ----
