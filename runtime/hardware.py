@@ -110,7 +110,7 @@ class HostCopy:
         self.event = None
         self.copy = x
         if x.device.type == "cuda":
-            self.copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.copy = torch.empty_like(x, device="cpu", pin_memory=True)
             self.copy.copy_(x, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()

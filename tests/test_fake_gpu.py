@@ -8,6 +8,7 @@ its feature, and parameters get gradients of zero.
 
 import contextlib
 import functools
+import types
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ import loss
 import model as models
 import train
 from helpers import words_of
+from runtime import log
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(
@@ -78,6 +80,8 @@ def fake_gpu():
         (torch.cuda, "is_bf16_supported", mock.Mock(return_value=True)),
         (models, "varlen_attn", varlen_attn),
         (models, "pack", fake_pack),
+        (loss.SampleState, "check_ids", mock.Mock()),  # of the host's data, which are fake, too
+        (torch.Tensor, "pin_memory", stay),
         (models, "create", create_on_the_gpu),
         (models.CLIP, "to", stay),
     ]
@@ -94,7 +98,7 @@ def fake_batch():
         lengths=torch.full((BATCH,), CAPTION),
         ids=torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
         bad={},
-        global_ids=torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
+        global_ids=torch.zeros(BATCH, dtype=torch.int64),
     )
 
 
@@ -159,6 +163,35 @@ def test_a_step_does_nothing_that_a_gpu_would_refuse_or_the_host_would_wait_for(
 
     # In each of the three text layers; in the last one with one query per caption.
     assert calls == 3 * passes
+
+
+def test_a_report_does_not_wait_for_the_gpu(tmp_path, monkeypatch):
+    """Of steps 1 and 2, which are not read before step 4."""
+    monkeypatch.setattr(log, "peak_flops", lambda dtype, device: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", mock.Mock())
+    with FakeTensorMode():
+        number = torch.zeros((), device=DEVICE)
+
+    trainer = types.SimpleNamespace(
+        config=config.load(words_of(train_data="x", out_dir=tmp_path, log_steps=2)),
+        device=DEVICE,
+        dtype=torch.bfloat16,
+        model=torch.nn.Linear(1, 1),
+        optimizer=types.SimpleNamespace(param_groups=[dict(name="decay", lr=1e-3)]),
+        reducer=types.SimpleNamespace(finite=number),
+        steps_per_epoch=10,
+        total_steps=100,
+        flops=lambda: dict(image=1.0, token=1.0),
+    )
+    batch = data.Batch(None, None, torch.ones(BATCH), torch.arange(BATCH), {})
+    out = loss.LossOutput(*[number] * len(loss.LossOutput._fields))._replace(gamma=0.9)
+
+    run_log = log.Log(trainer, num_samples=100, step=0)
+    for step in (1, 2, 3):
+        run_log.step(step, batch, out, number)
+    assert len(run_log.reports) == 1
+    with pytest.raises(DataDependentOutputException):
+        run_log.step(4, batch, out, number)
 
 
 @pytest.mark.parametrize("precision, expected", [("bf16", "high"), ("fp32", "highest")])
