@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tarfile
+import threading
 
 import pytest
 import torch
@@ -104,7 +105,9 @@ class Waits:
             self.ages.append(self.step - copy.begun_at)
 
     def note_gather(self, x, group=None):
-        self.gathers.append(self.step)
+        # Not by the thread that writes a checkpoint, which training does not wait for.
+        if threading.current_thread() is threading.main_thread():
+            self.gathers.append(self.step)
 
 
 @pytest.mark.usefixtures("no_curves")
