@@ -402,6 +402,17 @@ class Transformer(nn.Module):
         return x
 
 
+class Region(nn.Module):
+    """A method of a module, as a module of its own: so that it can be compiled by itself."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, *args):
+        return self.method(*args)
+
+
 # ---- Image towers ----
 
 
@@ -423,18 +434,22 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, causal=False)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * std)
+        self.embedding = Region(self.embed_patches)
 
     def forward(self, x):
         """(b, 3, S, S) -> (b, d)."""
+        x = self.transformer(self.embedding(x))  # (b, w)
+        return self.ln_post(x) @ self.proj
+
+    def embed_patches(self, x):
+        """(b, 3, S, S) -> (b, 1 + patches, w)."""
         x = self.conv1(x)  # (b, w, S/patch_size, S/patch_size)
         x = x.flatten(2).transpose(1, 2)  # (b, patches, w)
 
         class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (b, 1, w)
         x = torch.cat([class_token, x], dim=1)  # (b, 1 + patches, w)
         x = x + self.positional_embedding.to(x.dtype)
-
-        x = self.transformer(self.ln_pre(x))  # (b, w)
-        return self.ln_post(x) @ self.proj
+        return self.ln_pre(x)
 
 
 class ModifiedResNet(nn.Module):
@@ -464,8 +479,9 @@ class ModifiedResNet(nn.Module):
 
         self.attnpool = AttentionPool2d(positions, 32 * width, 32 * width // 64, embed_dim)
         self.grad_checkpointing = False
+        self.stem = Region(self.apply_stem)
 
-    def stem(self, x):
+    def apply_stem(self, x):
         """(b, 3, S, S) -> (b, width, S/4, S/4)."""
         x = self.bn1(self.conv1(x)).relu_()  # (b, width/2, S/2, S/2)
         x = self.bn2(self.conv2(x)).relu_()  # the same
@@ -641,6 +657,7 @@ class CLIP(nn.Module):
         pixel_std = torch.tensor(PIXEL_STD).view(3, 1, 1)
         self.register_buffer("pixel_mean", pixel_mean, persistent=False)
         self.register_buffer("pixel_std", pixel_std, persistent=False)
+        self.pixels_to_floats = Region(self.normalize_pixels)
 
         # As in GPT-2, the projections that add to the residual stream start smaller, by the square
         # root of their number. The blocks of a ViT keep torch's initial weights, as in OpenCLIP.
@@ -667,7 +684,7 @@ class CLIP(nn.Module):
             raise ValueError(f"images are {list(images.shape)}, expected [b, 3, {size}, {size}]")
 
         if images.dtype == torch.uint8:
-            images = self.normalize_pixels(images)
+            images = self.pixels_to_floats(images)
         features = self.visual(images)  # (b, d)
         return unit_length(features) if normalize else features
 
@@ -717,11 +734,11 @@ class CLIP(nn.Module):
                 module.trunk.set_grad_checkpointing(enable)
 
     def compile_blocks(self, **options):
-        """Apply torch.compile, with `options`, to transformer blocks, ResNet stages, timm towers.
+        """Apply torch.compile, with `options`, to the parts of both towers.
 
-        It works in place, so parameters keep their names. Since blocks are compiled one by one,
-        gradients appear, and are reduced, all along the backward pass. Equal blocks are compiled
-        once.
+        It works in place, so parameters keep their names. Since the parts are compiled one by one,
+        gradients appear, and are reduced, all along the backward pass. Equal ones are compiled
+        once. Blocks are compiled in runs, or each by itself where gradients are checkpointed.
         """
         # 4 stages x (train, eval, other batch sizes) exceed torch's limit of 8 graphs per function.
         torch._dynamo.config.cache_size_limit = 64
@@ -730,10 +747,11 @@ class CLIP(nn.Module):
         # ResNet stages of several sizes. Captions have many sizes. Left to itself, torch would
         # compile for the first, and anew for all when it meets another: half a minute in which, at
         # different steps, each rank keeps the others waiting.
-        fixed_size = set(self.visual.modules())
+        captions = set(self.transformer.modules())
+        parts = (Block, Run, Stage, Region, AttentionPool2d, TimmTower)
         for module in self.modules():
-            if isinstance(module, (Block, Stage, TimmTower)):
-                module.compile(dynamic=module not in fixed_size, **options)
+            if isinstance(module, parts):
+                module.compile(dynamic=module in captions, **options)
 
 
 def unit_length(x):
