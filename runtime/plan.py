@@ -276,8 +276,8 @@ def predicted(compute, sent, ranks, buckets, alpha, bandwidth, hide=2 / 3):
     hide: share of `compute` beside which gradients are sent, that of the backward pass. (On a CPU
     it is 0, because what sends is what computes.)
 
-    The u-state is sent beside the forward pass, and the gradients beside the backward pass,
-    except for the last bucket.
+    The ids are sent a step ahead, the u-state beside the forward pass, and the gradients beside the
+    backward pass, except for the last bucket.
     """
 
     def seconds(purpose, rings):
@@ -289,7 +289,7 @@ def predicted(compute, sent, ranks, buckets, alpha, bandwidth, hide=2 / 3):
     # both.
     gathers = 2 if "feature gradients" in sent else 1
     exposed = 0.0
-    for purpose in ("ids", "features", "scalars", "feature gradients"):
+    for purpose in ("features", "scalars", "feature gradients"):
         exposed += seconds(purpose, gathers)
 
     gradients = seconds("gradients", 2 * buckets)

@@ -16,7 +16,7 @@ import eval as evaluation
 import shapes
 import train as training
 from conftest import ROOT
-from helpers import TINY, refused, run, run_ranks, train, weights
+from helpers import TINY, refused, run, run_ranks, train, weights, words_of
 from loss import ContrastiveLoss
 from runtime import plan
 
@@ -303,3 +303,32 @@ def test_the_planned_bytes_are_those_that_are_sent(algorithm, columns):
     planned = plan.traffic(16, 6, columns, 0)
     planned = {name: count(2) for name, count in planned.items() if name != "gradients"}
     assert run_ranks(2, traffic_of_a_step, algorithm)[0] == planned
+
+
+def collectives_of_a_step(algorithm):
+    """Two steps of training on this rank -> (those begun by the second one, number of buckets)."""
+    settings = {**TINY, "algorithm": algorithm, "train_data": "x", "bucket_mb": 0.1}
+    c = config.load(words_of(**settings))
+    t = training.build(c, 64, 10, 10, torch.device("cpu"))
+    batch = data.Batch(
+        images=torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
+        tokens=torch.tensor([[5, 9, 0, 0]] * 4),
+        lengths=torch.full((4,), 2),
+        ids=torch.arange(4) + 4 * dist.rank(),
+        bad={},
+    )
+    batches = data.with_global_ids([batch] * 3, t.loss.algorithm.state)
+    for step in range(2):
+        before = dist.calls.copy()
+        training.train_step(t, next(batches), step)
+    return dist.calls - before, len(t.reducer.buckets)
+
+
+@pytest.mark.parametrize("algorithm, with_state", [("openclip", False), ("fastclip-v2", True)])
+def test_the_collectives_of_a_step(algorithm, with_state):
+    (calls, buckets), _ = run_ranks(2, collectives_of_a_step, algorithm)
+    expected = {"features": 1, "scalars": 1, "gradients": buckets}
+    if with_state:
+        expected.update(ids=1, state=1)
+    assert calls == expected
+    assert buckets > 3
