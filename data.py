@@ -516,6 +516,9 @@ class Loader:
 
 def on_stream(batches, stream):
     """Yield (batch, event): each batch is made on the CUDA stream, and complete at the event."""
+    # A thread begins on GPU 0, where the other ranks of a host must not take memory.
+    torch.cuda.set_device(stream.device)
+
     while True:
         with torch.cuda.stream(stream):
             batch = next(batches, None)

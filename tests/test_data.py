@@ -341,6 +341,7 @@ class StandInStream:
     """In place of torch.cuda.Stream: notes what is asked of it."""
 
     def __init__(self, device=None):
+        self.device = device
         self.calls = []
 
     def record_event(self):
@@ -352,11 +353,18 @@ class StandInStream:
 
 
 def test_on_a_gpu_batches_come_from_a_thread_and_a_stream(expected, monkeypatch):
-    """Without a GPU: the same batches, and the step waits for the event of each."""
+    """Without a GPU: the same batches; the step waits for each, the thread uses this rank's GPU."""
     order, _ = expected
     loader = data.Loader(order, 8, num_steps=3, workers=0)
     step_stream = StandInStream()
     used = []
+    threads = []
+
+    def set_device(device):
+        assert device is loader.device
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch.cuda, "Stream", StandInStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step_stream)
@@ -368,6 +376,8 @@ def test_on_a_gpu_batches_come_from_a_thread_and_a_stream(expected, monkeypatch)
         assert torch.equal(batch.tokens, usual.tokens)
     assert step_stream.calls == [1, 2, 3]
     assert len(used) == 6  # images and tokens of each batch
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 def gather_ids_of_batches(order, steps):
