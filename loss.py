@@ -285,6 +285,18 @@ class ContrastiveLoss:
         columns = state_columns(self.algorithm, tau_init)
         self.state = SampleState(num_samples, columns, device, dtype)
 
+        # What is computed of each number of the (b, B) similarities.
+        self.add_block = add_block
+        self.weights_of_block = weights_of_block
+
+    def compile(self, **options):
+        """Apply torch.compile, with `options`, to what goes through the (b, B) similarities.
+
+        Then each is read a few times, not once for every operation.
+        """
+        self.add_block = torch.compile(add_block, dynamic=False, **options)
+        self.weights_of_block = torch.compile(weights_of_block, dynamic=False, **options)
+
     def lookup(self, ids):
         """Start to fetch the state of the global batch -> Lookup, for __call__.
 
@@ -415,8 +427,8 @@ class ContrastiveLoss:
         """
         local = image_sims.local
         log_n = self.log_n(len(s))
-        log_g1, gap1, mbcl1 = contrast_local_anchors(image_sims, s[local], tau1[local])  # (b,)
-        log_g2, gap2, mbcl2 = contrast_local_anchors(text_sims, s[local], tau2[local])  # (b,)
+        log_g1, gap1, mbcl1 = self.contrast_local_anchors(image_sims, s[local], tau1[local])  # (b,)
+        log_g2, gap2, mbcl2 = self.contrast_local_anchors(text_sims, s[local], tau2[local])  # (b,)
 
         log_g1 = log_g1 - log_n  # of the sum -> of the mean
         log_g2 = log_g2 - log_n
@@ -424,6 +436,33 @@ class ContrastiveLoss:
         numbers = torch.stack([log_g1, log_g2, gap1, gap2, mbcl], 1)  # (b, 5)
         numbers = dist.all_gather(numbers, "scalars")  # (B, 5)
         return numbers.unbind(1)
+
+    def contrast_local_anchors(self, similarities, s, tau):
+        """Three sums over the candidates of this rank's anchors, in one pass over the tiles.
+
+        s, tau: (b,), s_ii and the temperatures of the anchors. -> three tensors (b,):
+
+            logsumexp_j (s_ij - s_ii) / tau_i
+            gap: the mean of s_ij - s_ii with weights proportional to exp(s_ij / tau_i)
+            logsumexp_j (s_ij - s_ii) / TAU_REFERENCE, with j = i
+
+        Overflow is avoided as in every online softmax: w_ij = exp((s_ij - top_i) / tau_i), where
+        top_i is the largest s_ij so far; when top rises, the sums made so far shrink accordingly.
+        """
+        top = torch.full_like(s, -math.inf)
+        total = torch.zeros_like(s)  # sum_j w_ij
+        weighted = torch.zeros_like(s)  # sum_j w_ij s_ij
+        reference = torch.zeros_like(s)  # sum_j exp(s_ij / TAU_REFERENCE), no exponent above 14.3
+        for _, block in similarities:
+            sums = (top, total, weighted, reference)
+            top, total, weighted, reference = self.add_block(sums, block, tau)
+
+        if not similarities.has_positive:
+            reference = reference + torch.exp(s / TAU_REFERENCE)
+        log_sum = total.log() + (top - s) / tau
+        gap = weighted / total - s
+        mbcl = reference.log() - s / TAU_REFERENCE
+        return log_sum, gap, mbcl
 
     def log_n(self, B):
         """Logarithm of the number of negatives in the mean g; 0 for MBCL, which is a sum."""
@@ -483,13 +522,26 @@ class ContrastiveLoss:
         r = r[local, None]  # (b, 1)
 
         scale = dist.world_size() / (2 * len(s))
-        image_sum = weighted_sum(image_sims, tau1[local], z1[local], tau2, z2)  # (b, d)
-        text_sum = weighted_sum(text_sims, tau2[local], z2[local], tau1, z1)  # (b, d)
+        image_sum = self.weighted_sum(image_sims, tau1[local], z1[local], tau2, z2)  # (b, d)
+        text_sum = self.weighted_sum(text_sims, tau2[local], z2[local], tau1, z1)  # (b, d)
         e1 = image_sims.features  # (b, d)
         e2 = text_sims.features  # (b, d)
         grad_image = (image_sum - r * e2) * scale  # (3)
         grad_text = (text_sum - r * e1) * scale  # (3)
         return grad_image, grad_text
+
+    def weighted_sum(self, similarities, tau, z, tau_candidates, z_candidates):
+        """sum_j (W_ij + W'_ji) e_j of (3) for this rank's anchors, (b, d), one pass over the tiles.
+
+        W_ij  = exp(s_ij / tau_i - z_i)     anchor i, here, against candidate j; tau, z: (b,)
+        W'_ji = exp(s_ij / tau_j - z_j)     candidate j as an anchor of the other side, against
+                                            sample i; tau_candidates, z_candidates: (B,)
+        """
+        out = torch.zeros_like(similarities.features)
+        for columns, block in similarities:
+            W = self.weights_of_block(block, tau, z, tau_candidates[columns], z_candidates[columns])
+            out.addmm_(W, similarities.candidates[columns])
+        return out
 
     def feature_factor(self, tau):
         """c of every anchor, (B,): from the table of algorithms, 1/tau where "release" departs."""
@@ -632,53 +684,31 @@ def products_in_tf32():
         torch.set_float32_matmul_precision(before)
 
 
-def contrast_local_anchors(similarities, s, tau):
-    """Three sums over the candidates of this rank's anchors, in one pass over the tiles.
+def add_block(sums, block, tau):
+    """Add a tile of similarities to four sums of its anchors -> the new sums, (b,) each.
 
-    s, tau: (b,), s_ii and the temperatures of the anchors. -> three tensors (b,):
-
-        logsumexp_j (s_ij - s_ii) / tau_i
-        gap: the mean of s_ij - s_ii with weights proportional to exp(s_ij / tau_i)
-        logsumexp_j (s_ij - s_ii) / TAU_REFERENCE, with j = i
-
-    Overflow is avoided as in every online softmax: w_ij = exp((s_ij - top_i) / tau_i), where top_i
-    is the largest s_ij so far; when top rises, the sums made so far shrink accordingly.
+    sums: (top, total, weighted, reference), see contrast_local_anchors. block: (b, tile), s_ij.
+    tau: (b,).
     """
-    top = s.new_full(s.shape, -math.inf)
-    total = 0.0  # sum_j w_ij
-    weighted = 0.0  # sum_j w_ij s_ij
-    reference = 0.0  # sum_j exp(s_ij / TAU_REFERENCE); s <= 1, so no exponent exceeds 14.3
-    for _, block in similarities:
-        reference = reference + (block / TAU_REFERENCE).exp_().sum(1)
+    old_top, total, weighted, reference = sums
+    reference = reference + (block / TAU_REFERENCE).exp_().sum(1)
 
-        old_top = top
-        top = torch.maximum(top, block.amax(1))
-        shrink = torch.exp((old_top - top) / tau)
-        w = (block - top[:, None]).div_(tau[:, None]).exp_()  # (b, tile)
-        total = total * shrink + w.sum(1)
-        weighted = weighted * shrink + w.mul_(block).sum(1)
-
-    if not similarities.has_positive:
-        reference = reference + torch.exp(s / TAU_REFERENCE)
-    log_sum = total.log() + (top - s) / tau
-    gap = weighted / total - s
-    mbcl = reference.log() - s / TAU_REFERENCE
-    return log_sum, gap, mbcl
+    top = torch.maximum(old_top, block.amax(1))
+    shrink = torch.exp((old_top - top) / tau)
+    w = (block - top[:, None]).div_(tau[:, None]).exp_()  # (b, tile)
+    total = total * shrink + w.sum(1)
+    weighted = weighted * shrink + w.mul_(block).sum(1)
+    return top, total, weighted, reference
 
 
-def weighted_sum(similarities, tau, z, tau_candidates, z_candidates):
-    """sum_j (W_ij + W'_ji) e_j of (3) for this rank's anchors, (b, d), in one pass over the tiles.
+def weights_of_block(block, tau, z, tau_candidates, z_candidates):
+    """W_ij + W'_ji of a tile of similarities, see weighted_sum. All (b, tile).
 
-    W_ij  = exp(s_ij / tau_i - z_i)     anchor i, here, against candidate j; tau, z: (b,)
-    W'_ji = exp(s_ij / tau_j - z_j)     candidate j as an anchor of the other side, against
-                                        sample i; tau_candidates, z_candidates: (B,)
+    block: (b, tile), s_ij. tau, z: (b,), of the anchors. tau_candidates, z_candidates: (tile,).
     """
-    out = torch.zeros_like(similarities.features)
-    for columns, block in similarities:
-        W = (block / tau[:, None]).sub_(z[:, None]).exp_()  # (b, tile)
-        W += (block / tau_candidates[columns]).sub_(z_candidates[columns]).exp_()
-        out.addmm_(W, similarities.candidates[columns])
-    return out
+    W = (block / tau[:, None]).sub_(z[:, None]).exp_()
+    W += (block / tau_candidates).sub_(z_candidates).exp_()
+    return W
 
 
 def tau_slope(anchors):

@@ -168,6 +168,7 @@ def build(c, num_samples, steps_per_epoch, total_steps, device):
 
     if hardware.compiles(c.compile, device):
         model.compile_blocks()
+        loss.compile()
     weights = [p for p in model.parameters() if p is not model.logit_scale]
     wire = torch.bfloat16 if c.grad_wire == "bf16" else torch.float32
     return Trainer(

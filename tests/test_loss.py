@@ -762,6 +762,31 @@ def test_float32_follows_float64():
             torch.testing.assert_close(b.objective.double(), a.objective, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [0, 7])
+def test_a_compiled_loss_computes_the_same(tile):
+    torch._dynamo.reset()
+    results = []
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for compiled in (False, True):
+        loss = ContrastiveLoss("fastclip-v2", N, "paper", RHO, EPS, tile=tile)
+        if compiled:
+            loss.compile(backend=backend)
+        for step in range(2):
+            e1, e2, ids = batch(step)
+            log_scale = torch.tensor(3.0)
+            out = loss(e1.float(), e2.float(), log_scale, loss.lookup(ids), 0.5, lr_tau=LR_TAU)
+        results.append(out)
+
+    torch.testing.assert_close(results[1], results[0])
+    # Two for each width of a tile: with tile = 7, eight columns are 7 and 1.
+    assert len(graphs) == (4 if tile else 2)
+
+
 # Bad input ------------------------------------------------------------------------------------
 
 
