@@ -194,7 +194,7 @@ class Config:
     device: str = "auto"
     # Precision of the towers; auto: bf16 on a GPU that has it, else fp32. The loss is always fp32.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # torch.compile each block; auto: on CUDA.
+    # torch.compile both towers, in parts, and the loss; auto: on CUDA.
     compile: bool | Literal["auto"] = "auto"
     # The type in which gradients travel between ranks.
     grad_wire: Literal["fp32", "bf16"] = "fp32"

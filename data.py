@@ -36,7 +36,8 @@ rank its share. Here, one rank reads both lanes; of two ranks each reads one, an
 the same batches. Within a lane, shards are read forwards, and one block is in memory at a time.
 
 This file in order: the order (Order, batch_ids), a sample (training_sample), a lane that reads its
-blocks (LaneReader), a rank's loader (Loader). Shards, images, captions, processes: see ingest/.
+blocks (LaneReader), a rank's loader (Loader), the ids of all ranks (with_global_ids). Shards,
+images, captions, processes: see ingest/.
 """
 
 import math
