@@ -177,6 +177,10 @@ class Config:
     wandb: str = ""
     # Print what this config would do, and stop.
     plan: bool = False
+    # Samples per second of one GPU, for the plan; 0: what others have published.
+    plan_speed: float = 0.0
+    # Price of a GPU-hour in dollars, for the plan; 0: no costs are shown.
+    plan_price: float = 0.0
 
     # ---- the machine (dist.py, runtime/hardware.py) ----
 
@@ -391,6 +395,8 @@ NOT_NEGATIVE = (
     "lr_tau",
     "loss_tile",
     "allow_left_out",
+    "plan_speed",
+    "plan_price",
 )
 POSITIVE = ("batch_size", "epochs", "keep", "log_steps", "eval_batch", "bucket_mb", "timeout")
 
