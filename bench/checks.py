@@ -429,12 +429,17 @@ def longest_kernels(profile, on_gpu, count=15):
 # ---- the tests that need a GPU ----
 
 
+PYTEST = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-k", "cuda", "tests")
+
+
 def tests(args):
     """The row on the project's tests with "cuda" in their name: passed, failed, skipped."""
-    files = ["tests/test_loss.py"] if args.toy else ["tests"]
-    words = [sys.executable, "-m", "pytest", "-q", "-rf", "-k", "cuda", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*words, *files], cwd=report.ROOT, capture_output=True, text=True, timeout=args.limit
+        [sys.executable, *PYTEST],
+        cwd=report.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=args.limit,
     )
     counts = counts_of_tests(result.stdout)
     failed = re.findall(r"^(?:FAILED|ERROR) (.+)$", result.stdout, re.MULTILINE)

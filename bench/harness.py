@@ -20,6 +20,8 @@ from runtime import ranks
 
 SPAWN = multiprocessing.get_context("spawn")
 
+END_SECONDS = 5  # that a process has to end by itself
+
 
 # ---- settings ----
 
@@ -141,7 +143,7 @@ class Worker:
     def close(self):
         # A process that waits for a request ends when the pipe is closed.
         self.pipe.close()
-        self.process.join(5)
+        self.process.join(END_SECONDS)
         self.process.terminate()
 
 

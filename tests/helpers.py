@@ -228,6 +228,31 @@ def assert_all_succeed(processes):
         assert status == 0, printed
 
 
+# ---- processes of the bench ----
+
+REPLACED = ("rank", "world_size", "all_gather", "all_reduce")  # of dist, by workers of the bench
+PLAIN_DIST = {name: getattr(dist, name) for name in REPLACED}
+
+
+class InThisProcess:
+    """bench.harness.Worker without a process: importing torch once is enough for most tests."""
+
+    def __init__(self, function, *args):
+        self.generator = function(*args)
+
+    def send(self, request=None):
+        self.value = self.generator.send(request)
+
+    def receive(self, limit=None):
+        return self.value
+
+    def close(self):
+        self.generator.close()
+        # A worker may replace them: it believes that the process is its own.
+        for name, function in PLAIN_DIST.items():
+            setattr(dist, name, function)
+
+
 # ---- what a run has written ----
 
 
