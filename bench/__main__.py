@@ -114,6 +114,8 @@ def main(argv):
     args = parse(argv)
     # Refuse what cannot work before anything is measured.
     baselines.load()
+    if args.released:
+        baselines.check_clone(args.released)
     report.check(args.out)
 
     if args.mode == "gpu":

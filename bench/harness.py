@@ -292,7 +292,7 @@ def run_as_rank(rank, num_ranks, port, share_gpu, function, args):
         MASTER_PORT=str(port),
     )
     if share_gpu:
-        os.environ["FASTCLIP_SHARE_GPU"] = "1"
+        os.environ["FASTCLIP_SHARE_GPUS"] = "1"
     torch.set_num_threads(max(1, cores() // num_ranks))
     yield from function(*args)
 
