@@ -427,6 +427,25 @@ def test_commit_is_empty_where_there_is_none(tmp_path, monkeypatch):
     assert report.commit() == "", "no git"
 
 
+def test_versions_of_a_gpu(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", yes)
+    monkeypatch.setattr(torch.cuda.nccl, "version", two_numbers)
+    assert report.driver_version() == "580.65.06"
+    assert report.nccl_version() == "2.27"
+
+
+def yes():
+    return True
+
+
+def two_numbers():
+    return 2, 27
+
+
 def test_results_of_another_machine_are_refused(tmp_path):
     (tmp_path / "b.json").write_text('{"machine": {"cpu": "another"}, "rows": []}')
     with pytest.raises(ConfigError, match="another machine"):

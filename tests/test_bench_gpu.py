@@ -236,6 +236,17 @@ def test_waits_for_the_gpu_are_counted_by_their_place(monkeypatch):
     assert modes == ["warn", "default"]
 
 
+def test_kernels_that_take_longest():
+    def event(name, milliseconds):
+        time = 1000 * milliseconds
+        return argparse.Namespace(key=name, self_device_time_total=time, self_cpu_time_total=0)
+
+    events = [event("short", 5), event("long", 50), event("shorter", 1)]
+    profile = argparse.Namespace(key_averages=lambda: events)
+    # Of five steps.
+    assert checks.longest_kernels(profile, on_gpu=True, count=2) == {"long": 10, "short": 1}
+
+
 def double(x):
     return x * 2
 

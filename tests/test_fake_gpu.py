@@ -19,6 +19,7 @@ import data
 import loss
 import model as models
 import train
+from bench import made_data
 from helpers import words_of
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -158,6 +159,19 @@ def test_a_step_does_nothing_that_a_gpu_would_refuse_or_the_host_would_wait_for(
 
     # In two of the three text layers: the last one has one query per caption.
     assert calls == 2 * passes
+
+
+def test_the_bench_puts_batches_on_the_gpu():
+    batches = made_data.make_batches(32, 16, BATCH, count=1)
+    theirs = [(batches[0].images.float(), batches[0].tokens)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        (ours,) = made_data.on_device(batches, DEVICE)
+        ((images, tokens),) = made_data.on_device(theirs, DEVICE)
+
+    assert ours.images.device == ours.tokens.device == images.device == tokens.device == DEVICE
+    assert ours.images.is_contiguous(memory_format=torch.channels_last)
+    # What the host works with stays there.
+    assert ours.lengths.device == ours.ids.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("settings", [dict(precision="fp16"), dict(skip_nonfinite=True)], ids=str)
