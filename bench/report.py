@@ -245,7 +245,7 @@ NOTES = {
     "float32 products and ours does not (in bf16 and fp16 it is no matter). Before a step, "
     "open_clip copies float32 images to the device, and waits for them; ours copies bytes "
     "(--on_device leaves both copies out). Its images are NCHW, for RN50 too, ours channels_last. "
-    "It waits for the device once in a turn, of 20 steps, to log.",
+    "It waits for the device, to log, after the first and the last of a turn's 20 steps.",
 }
 
 
