@@ -9,12 +9,15 @@ have read.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import glob
 import inspect
 import math
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -24,6 +27,10 @@ from typing import Literal
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message says which, why, and what to do."""
+
+
+class BadRun(RuntimeError):
+    """What makes a run end although it could go on. All ranks raise it at the same step."""
 
 
 @dataclass
@@ -153,9 +160,11 @@ class Config:
 
     # The run's folder; '': runs/NAME-OF-THE-CONFIG.
     out_dir: str = ""
-    # none, auto (the newest checkpoint in out_dir, if any), or a checkpoint's folder.
+    # none, auto (the newest checkpoint in out_dir, if any), a checkpoint's folder, or a run's: then
+    # the newest checkpoint in it.
     resume: str = "none"
-    # Continue although settings of the method differ from those of the checkpoint.
+    # Continue although settings of the method differ from those of the checkpoint (METHOD_KEYS of
+    # runtime/checkpoint.py).
     resume_changes: bool = False
     # Save every so many steps; 0: once an epoch. The end is always saved.
     save_steps: int = 0
@@ -169,7 +178,8 @@ class Config:
     stop_after: int | str = 0
     # Leave out steps with a non-finite loss or gradient, up to 1 %, where otherwise the run stops.
     skip_nonfinite: bool = False
-    # A row of metrics.jsonl every so many steps.
+    # A row of metrics.jsonl every so many steps. Without a terminal, rows are also printed, but at
+    # most one every 10 s (with 1: each of them), and the last.
     log_steps: int = 10
     # Also write TensorBoard events to out_dir (pip install tensorboard).
     tensorboard: bool = False
@@ -210,6 +220,15 @@ class Config:
         steps = max(1, int(self.epochs * steps_per_epoch))
         return min(steps, self.max_steps) if self.max_steps else steps
 
+    def long_warmup(self, total_steps):
+        """-> a sentence if warm-up takes more than a third of the run's steps, otherwise ""."""
+        if self.warmup_steps <= total_steps / 3:
+            return ""
+        return (
+            f"warmup_steps = {self.warmup_steps} of {total_steps} steps is more than a third of "
+            "the run, which hardly trains at its full learning rate: lower warmup_steps"
+        )
+
 
 HINTS = typing.get_type_hints(Config)
 MODEL_KEYS = (
@@ -225,6 +244,68 @@ MODEL_KEYS = (
     "text_layers",
 )
 
+# Settings of a job. Two jobs of one run may differ in them.
+JOB_KEYS = ("out_dir", "resume", "resume_changes", "stop_after", "plan")
+
+# What users of open_clip, and of the published FastCLIP code, may type: what to write here.
+# fmt: off
+OTHER_WORDS = {
+    # data
+    "train-num-samples": "--train_samples=N, for --plan alone: a run counts the samples itself",
+    "data_size": "not needed, the u-state is as large as the index of train_data",
+    "val-data": "--eval_data=PATTERN, tar shards",
+    "imagenet-val": "--eval_data=PATTERN, tar shards with classnames.txt (docs/data.md)",
+    "imagenet-v2": "--eval_data=PATTERN, tar shards with classnames.txt (docs/data.md)",
+    "zeroshot-frequency": "--eval_steps=N, in steps",
+    "val-frequency": "--eval_steps=N, in steps",
+    "dataset-type": "not needed, the data are always tar shards, as in webdataset",
+    "dataset-resampled": "not needed, an epoch sees every sample once",
+    "csv-caption-key": "--caption_key=KEY, of the JSON beside each image",
+    "aug-cfg": "--crop_scale='(0.9, 1)'",
+    # model
+    "pretrained": "there are no pretrained weights; --resume=RUN continues a run of ours",
+    "pretrained-image": "there are no pretrained weights; --resume=RUN continues a run of ours",
+    "force-image-size": "--image_size=PIXELS",
+    "torchcompile": "--compile=True",
+    # length and batch
+    "batch-size": "--batch_size=N, the batch of all ranks together, not of each",
+    "accum-freq": "--micro_batch=N, samples per rank in one forward pass",
+    # optimizer
+    "warmup": "--warmup_steps=N",
+    "wd": "--weight_decay=X",
+    "opt": "--optimizer=NAME",
+    "momentum": "--beta1=X",
+    "grad-clip-norm": "--grad_clip=X",
+    "lr-scheduler": "not needed, it is always a warm-up and a cosine, see optim.py",
+    "lr-cooldown-end": "--lr_min=X",
+    "skip-scheduler": "not needed, write a constant learning rate into optim.lr",
+    # method
+    "fastclip": "--algorithm=fastclip-v3 (openclip, sogclr, isogclr, fastclip-v0 to -v3)",
+    "temperature": "--tau_init=X",
+    "temperature_scheme": "--algorithm=NAME decides it: see the table in README.md",
+    "multiply_tau": "--algorithm=NAME decides it: fastclip-v0 is the one without the factor tau",
+    "lr_tau_scheduler": "--lr_tau_schedule=constant, cosine or threshold (their step_thresh)",
+    "gamma": "--gamma_min=X",
+    # saving and logging
+    "name": "--out_dir=FOLDER",
+    "logs": "--out_dir=FOLDER",
+    "save-frequency": "--save_steps=N, in steps; an epoch by default",
+    "save-most-recent": "not needed, --keep=N says how many of the newest checkpoints stay",
+    "delete-previous-checkpoint": "--keep=N, how many of the newest checkpoints stay",
+    "log-every-n-steps": "--log_steps=N",
+    "report-to": "--tensorboard=True, or --wandb=PROJECT",
+    "wandb-project-name": "--wandb=PROJECT",
+    "profile": "not needed, python -m bench measures a step",
+    # machine
+    "local-loss": "not needed, each rank always computes the loss of its own rows",
+    "gather-with-grad": "not needed, the gradient of the loss is written out, and always exact",
+    "dist-backend": "not needed, nccl for GPUs, gloo for CPUs",
+    "dist-url": "not needed, torchrun says it",
+    "horovod": "not needed, torchrun starts the ranks",
+    "use-bn-sync": "there is none; --vision_norm=group has no statistics across samples",
+    "ddp-static-graph": "not needed, gradients are reduced by dist.GradReducer",
+}
+# fmt: on
 
 # ---- reading ----
 
@@ -242,11 +323,8 @@ def load(argv):
             print(help_text())
             raise SystemExit(0)
         if word.startswith("--"):
-            key, equals, text = word[2:].partition("=")
-            if not equals:
-                example = "True" if HINTS.get(key) is bool else "..."
-                raise ConfigError(f"{word}: write --key=value, for example --{key}={example}")
-            values[key] = parse(text)
+            key, text = split_option(word, argv[i + 1 :])
+            values[key] = typed(key, parse(text))
         elif i == 0:
             values = read(word)
             name = os.path.splitext(os.path.basename(word))[0]
@@ -261,6 +339,31 @@ def load(argv):
     return config
 
 
+def split_option(word, rest):
+    """`--key=text` -> (key, text). Whether it is a key of ours is left to `typed`.
+
+    rest: the words after it. Raises ConfigError, which gives the right spelling, for `--key text`,
+    for dashes in our keys, and for the options of other programs.
+    """
+    spelt, equals, text = word[2:].partition("=")
+    if spelt in OTHER_WORDS:
+        raise ConfigError(
+            f"--{spelt} is an option of open_clip or of the published FastCLIP code. Here: "
+            f"{OTHER_WORDS[spelt]}"
+        )
+
+    key = spelt.replace("-", "_")
+    is_well_spelt = equals and key == spelt
+    if is_well_spelt or key not in HINTS:
+        return key, text
+
+    if not equals and rest and not rest[0].startswith("--"):
+        text = rest[0]
+    if not text:
+        text = "True" if HINTS[key] is bool else "..."
+    raise ConfigError(f"{word}: write --key=value, here --{key}={text}")
+
+
 def read(path, readers=()):
     """Run a config file, and first the one that it names as `base` -> {key: value}.
 
@@ -269,14 +372,14 @@ def read(path, readers=()):
     if os.path.abspath(path) in readers:
         raise ConfigError(f"{path}: the config files name each other as base in a circle")
     if not os.path.isfile(path):
-        raise ConfigError(f"no config file {path!r}{nearest(path, files_beside(path))}")
+        raise ConfigError(f"no config file {path!r}{nearest_config(path)}")
 
     names = {}
-    with open(path, encoding="utf-8") as f:
-        try:
+    try:
+        with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
-        except Exception as error:
-            raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     assigned = {key: value for key, value in names.items() if is_option(key, value)}
 
     values = {}
@@ -294,10 +397,25 @@ def is_option(key, value):
 
 
 def files_beside(path):
+    """-> the paths of what is in the folder in which `path` would be."""
     folder = os.path.dirname(path)
-    if not os.path.isdir(folder or "."):
-        return []
-    return [os.path.join(folder, name) for name in os.listdir(folder or ".")]
+    return glob.glob(os.path.join(glob.escape(folder), "*"))
+
+
+def nearest_config(path):
+    """A hint: the config, beside `path` or in configs/, whose name is most like that of `path`."""
+    configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+    configs = os.path.relpath(configs)
+
+    # In the folder of train.py there are modules, not configs.
+    found = files_beside(os.path.join(configs, "x"))
+    if os.path.dirname(path):
+        found += files_beside(path)
+    paths = {os.path.basename(file): file for file in found if file.endswith(".py")}
+
+    name = os.path.basename(path.rstrip("/")).removesuffix(".py") + ".py"
+    near = difflib.get_close_matches(name, paths, 1)
+    return f"; did you mean {paths[near[0]]!r}?" if near else f"; there are some in {configs}/"
 
 
 def parse(text):
@@ -464,6 +582,18 @@ def check_data(c):
         )
 
 
+@contextlib.contextmanager
+def writing_to(out_dir):
+    """A ConfigError, with the operating system's reason, for an OSError of what is inside."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"out_dir = {out_dir!r} cannot be written: {error.strerror or error}; make "
+            "room, or allow writing there, or choose another --out_dir"
+        ) from error
+
+
 def require(condition, message):
     if not condition:
         raise ConfigError(message)
@@ -517,8 +647,13 @@ def help_text():
 
 
 def or_exit(function, *args):
-    """Call, and turn a ConfigError into one line on stderr and exit status 1."""
+    """Call, and turn a ConfigError or a BadRun into one line on stderr and exit status 1.
+
+    Ctrl-C ends the program without a traceback, with the status that a shell gives it.
+    """
     try:
         return function(*args)
-    except ConfigError as error:
+    except (ConfigError, BadRun) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -94,7 +94,7 @@ def evaluate(
     stop() says whether this rank was asked to stop. Once it is true on any rank, all ranks raise
     ranks.Interrupted after the batch at hand, and nothing is written. Raises ConfigError, on rank 0
     or on all, for what load_set refuses, for a set without classes and captions, for class numbers
-    that the class list does not reach, and for a folder that cannot be written.
+    that the class list does not reach, and for an eval.json that cannot be written.
     """
     watch = partial(watched, progress=progress, stop=stop)
 
@@ -429,28 +429,32 @@ def report(data, images, queries, results, c):
         "texts": len(queries.texts),
         "classes": len(data.names) if classified else 0,
         "templates": len(data.templates) if classified else 0,
-        "left_out": images.bad,
+        "left_out": {**data.index.left_out, **images.bad},
         **results,
     }
 
 
 def write_files(folder, content, rows):
-    """Write eval.json and retrieval.png. Each is complete or absent; ConfigError if it cannot be.
+    """Write eval.json and retrieval.png. Each is complete or as it was.
 
-    content: of eval.json; rows: of the picture, PictureRows.
+    content: of eval.json; rows: of the picture, PictureRows. Raises ConfigError if eval.json cannot
+    be written. A picture that cannot be drawn is told of: the results must not be lost for it.
     """
     results = os.path.join(folder, "eval.json")
-    picture = os.path.join(folder, "retrieval.png")
     try:
         os.makedirs(folder, exist_ok=True)
         with open(results + ".partial", "w") as f:
             json.dump(content, f, indent=1)
         os.replace(results + ".partial", results)
+    except OSError as error:
+        raise ConfigError(f"{results} cannot be written: {error.strerror or error}") from error
 
+    picture = os.path.join(folder, "retrieval.png")
+    try:
         plots.draw_found(rows, picture + ".partial")
         os.replace(picture + ".partial", picture)
-    except OSError as error:
-        raise ConfigError(f"out_dir = {folder!r} cannot be written: {error}") from error
+    except Exception as error:
+        print(f"{picture} could not be drawn: {type(error).__name__}: {error}", flush=True)
 
 
 def table(results):
@@ -495,15 +499,22 @@ def why_not_evaluable(path):
 
 
 def nearest_folder(path):
-    """A hint at the run or checkpoint whose folder, in `path` or beside it, is spelt most alike."""
+    """A hint at a run or checkpoint inside `path` or else around it, the one spelt most alike."""
     path = os.path.normpath(path)
-    found = []
-    for place in (path, os.path.dirname(path)):
-        if os.path.isdir(place or "."):
-            found += [os.path.join(place, name) for name in os.listdir(place or ".")]
-
-    found = [folder for folder in found if is_checkpoint(folder) or has_checkpoint(folder)]
+    above = os.path.dirname(path)
+    found = evaluable(folders_in(path)) or evaluable([above, *folders_in(above)])
     return configs.nearest(path, found, cutoff=0.0)  # any is better than none
+
+
+def folders_in(place):
+    place = place or "."
+    if not os.path.isdir(place):
+        return []
+    return [os.path.normpath(os.path.join(place, name)) for name in os.listdir(place)]
+
+
+def evaluable(folders):
+    return [folder for folder in folders if is_checkpoint(folder) or has_checkpoint(folder)]
 
 
 def has_checkpoint(path):
@@ -518,6 +529,10 @@ def load_config(folder, argv):
         if key in configs.HINTS:  # an older checkpoint may have settings that are gone
             words.append(f"--{key}={value!r}")
     words.append(f"--out_dir={argv[0]}")
+
+    for word in argv[1:]:
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected word {word!r}: after the folder come only --key=value")
 
     c = configs.load(words + argv[1:])
     if not c.eval_data:

@@ -4,7 +4,7 @@
 `main` is the life of a run. Here and in optim.py, t is the Trainer and c the Config.
 
     python train.py configs/emoji_v3.py                         one process, on a GPU if any
-    torchrun --nproc_per_node 8 train.py configs/cc12m_v3.py    one node with 8 GPUs
+    torchrun --nproc_per_node gpu train.py configs/cc12m_v3.py  all GPUs of one node
     python train.py configs/laion315m_v3.py --plan=True         what this config would do
 """
 

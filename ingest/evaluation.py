@@ -66,14 +66,20 @@ def load_set(c, progress=lambda where: None):
     """
     folder = folder_of_set(c.eval_data)
     names, templates = class_list(folder)
-    index = load_index(c.eval_data, c.caption_key, evaluation=True, progress=progress)
+    index = load_index(
+        c.eval_data,
+        c.caption_key,
+        evaluation=True,
+        allow_left_out=c.allow_left_out,
+        progress=progress,
+    )
     return EvaluationSet(index, names, templates)
 
 
 def check(c, progress=lambda where: None):
-    """Raise ConfigError if the set c.eval_data has nothing to evaluate, or as load_set does.
+    """Find and index the set as load_set does, and look at its first sample -> EvaluationSet.
 
-    It looks at the first sample only, so that a run can ask before it starts.
+    So a run can ask before it starts. Raises ConfigError if there is nothing to evaluate.
     """
     data = load_set(c, progress)
     caption_file = "json" if c.caption_key else "txt"
@@ -85,6 +91,7 @@ def check(c, progress=lambda where: None):
             f"{c.eval_data[0]} has classes (KEY.cls), but there is no classnames.txt beside it or "
             "in the folder above"
         )
+    return data
 
 
 def folder_of_set(patterns):
@@ -148,8 +155,8 @@ def read_class_names(path):
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         print(
-            f"warning: {path} names {len(twice)} classes more than once, for example {twice[0]!r}: "
-            "zero-shot classification cannot tell them apart",
+            f"warning: {path} has names that occur twice: {', '.join(map(repr, twice[:4]))}; "
+            "zero-shot classification cannot tell such classes apart",
             file=sys.stderr,
             flush=True,
         )

@@ -13,6 +13,9 @@ the JPEGs of training:
 
 WebP is always decoded by torchvision, PNG by Pillow, and everything in evaluation by these two, so
 that results do not depend on a setting.
+
+A picture with transparency is put on white, in training as in evaluation. Its hidden colours are
+arbitrary, often black: a black drawing would become a black square.
 """
 
 import io
@@ -31,6 +34,12 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
 from config import ConfigError
 
 IMAGES = {"jpg", "jpeg", "png", "webp"}
+
+# Images that people have among their data and that are not read.
+OTHER_IMAGES = {
+    *("svg", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jfif", "jpe", "jp2", "jxl"),
+    *("ico", "ppm", "pgm", "pnm", "tga", "psd", "eps"),
+}
 
 # A file of kilobytes can declare gigabytes of pixels.
 MAX_PIXELS = 100_000_000
@@ -106,6 +115,13 @@ def webp_size(data):
     return 0, 0
 
 
+def webp_has_alpha(data):
+    """Whether the header of a WebP (bytes) announces transparency."""
+    if data[12:16] == b"VP8X":
+        return bool(data[20] & 0x10)
+    return data[12:16] == b"VP8L" and bool(data[24] & 0x10)
+
+
 def encoded_image(files):
     """The image among the files of a sample, {extension: bytes} -> (bytes, height, width).
 
@@ -148,13 +164,23 @@ def pixels(data, height, width):
         if data[:4] == b"\x89PNG":
             image = decode_png(data)
         else:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image = decode_image(encoded, ImageReadMode.RGB)
+            image = decode_jpeg_or_webp(data)
         if image.shape != (3, height, width):
             raise ValueError("its header declares another size")
         return image
     except Exception as error:
         raise BadSample("corrupt image") from error
+
+
+def decode_jpeg_or_webp(data):
+    """A JPEG or WebP (bytes) -> uint8 (3, h, w). Any exception if it is broken."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if data[:4] != b"RIFF" or not webp_has_alpha(data):
+        return decode_image(encoded, ImageReadMode.RGB)
+
+    rgba = decode_image(encoded, ImageReadMode.RGB_ALPHA).permute(1, 2, 0)  # (h, w, 4)
+    picture = on_white(Image.fromarray(rgba.numpy()))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def decode_png(data):
@@ -163,13 +189,42 @@ def decode_png(data):
     By Pillow, although that is a quarter slower: one wrong bit in the compressed pixels, and
     torchvision's decoder (0.29) ends the whole process with a segmentation fault.
     """
-    image = Image.open(io.BytesIO(data), formats=["PNG"])
-    if image.mode.startswith("I"):
-        # Grey of 16 bits: take the upper 8. With colours, Pillow itself does so.
-        upper = np.asarray(image) >> 8
-        image = Image.fromarray(upper.astype(np.uint8))
-    image = np.array(image.convert("RGB"))  # (h, w, 3)
-    return torch.from_numpy(image).permute(2, 0, 1)
+    picture = Image.open(io.BytesIO(data), formats=["PNG"])
+    if picture.mode.startswith("I"):
+        picture = grey_of_8_bits(picture)
+
+    if picture.has_transparency_data:
+        picture = on_white(picture)
+    else:
+        picture = picture.convert("RGB")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def grey_of_8_bits(picture):
+    """A Pillow image of 16-bit grey -> L or, if one of its greys is transparent, LA.
+
+    It takes the upper 8 bits. With colours, Pillow itself does so.
+    """
+    grey = np.asarray(picture)  # uint16 (h, w)
+    upper = (grey >> 8).astype(np.uint8)
+    result = Image.fromarray(upper)
+
+    transparent = picture.info.get("transparency")
+    if transparent is not None:
+        alpha = np.where(grey == transparent, 0, 255).astype(np.uint8)
+        result = Image.merge("LA", [result, Image.fromarray(alpha)])
+    return result
+
+
+def on_white(picture):
+    """A Pillow image with transparency, of any mode -> the same on white, RGB."""
+    picture = picture.convert("RGBA")
+    smallest_alpha, _ = picture.getchannel("A").getextrema()
+    if smallest_alpha == 255:
+        return picture.convert("RGB")
+
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def scaled_pixels(data, height, width, decoder, factor):

@@ -5,11 +5,8 @@ neighbouring files of one key; it is usable with an image and a caption. Its id 
 offset plus its position there: dense, 0..N-1, over any number of sources, with keys of any kind.
 The index holds the counts of all shards. It is kept in a file, see `index_file`.
 
-Counts come from that file, else from statistics beside the shards (sizes.json of webdataset and
-open_clip, NNNNN_stats.json of img2dataset), else from reading the headers of the shards.
-
-Shards may come from strangers: whatever is in one, reading it ends in samples, in bad samples that
-are counted, or in OSError or tarfile.TarError. Nothing of it is ever run, or written to disk.
+Counts come from that file, else from ingest/counting.py: from statistics beside the shards, or
+from reading their headers.
 """
 
 import argparse
@@ -17,42 +14,41 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import sys
 import tarfile
+import time
 import warnings
 from collections import Counter
-from functools import partial
-from multiprocessing.pool import ThreadPool
+from contextlib import suppress
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from config import ConfigError, or_exit
-from ingest.images import IMAGES, BadSample, decode
-from ingest.tar import MAX_TEXT_BYTES, captions, members, usable_samples
-from ingest.urls import expand, is_local, open_url, shard_name, sibling, split_patterns
+from config import Config, ConfigError, nearest, or_exit
+from ingest.counting import ShardCounter, shown
+from ingest.left_out import check_share, summary
+from ingest.tar import usable_samples
+from ingest.urls import expand, is_local, split_patterns
 
-# Indexing stops at so many damaged shards: all the others are likely to be damaged too.
-MAX_DAMAGED = 100
+SAVE_SECONDS = 30  # between two drafts of the counts: what a kill may cost
 
-# A sizes.json of a million shards has 20 MB.
-MAX_SIZES_BYTES = 64 << 20
-
-THREADS = 8  # disks, commands and decoders work side by side
+# Among so many samples, one at least must have the caption key.
+NUM_LOOKED_AT = 20
 
 
 class Index(NamedTuple):
     """The shards of a set and how many samples each holds.
 
     shards: n URLs; counts: their usable samples, int64 (n,); kinds: a sample has a file of one of
-    these extensions beside its image.
+    these extensions beside its image; left_out: Counter of what looks like a sample and
+    is not usable, see ingest/left_out.py.
     """
 
     shards: list
     counts: np.ndarray
     kinds: tuple
+    left_out: Counter = Counter()
 
     @property
     def fingerprint(self):
@@ -71,61 +67,222 @@ def load_index(
     verify=False,
     path=None,
     count_remote=False,
+    allow_left_out=Config.allow_left_out,
     progress=lambda where: None,
 ):
     """Patterns of shards -> Index.
 
     Counts are read from the index_file of each pattern (or from `path`). What is missing there, or
-    was counted for a shard of another size in bytes, is counted now, and written.
+    was counted for a shard of another size in bytes, is counted now. The file is written when the
+    whole set is accepted; until then, and if it is refused, the counts are kept in the cache.
 
     caption_key: '' counts samples with KEY.txt, else those with KEY.json. evaluation: KEY.cls will
     do as well. verify: decode every sample and print the bad ones. count_remote: count remote
     shards without statistics by reading them through; evaluation sets, which are read whole
-    anyway, are counted in any case. progress(where) is called as the work goes on.
+    anyway, are counted in any case. allow_left_out: the share of what looks like samples (see
+    ingest/left_out.py) that may be unusable.
+    progress(where) is called as the work goes on.
 
-    Samples that are left out, an image without caption or the reverse, are reported once. Raises
-    ConfigError: shards that are missing, unreadable, damaged (up to ten are named) or without
-    captions, remote ones without statistics, or no samples at all.
+    Raises ConfigError: shards that are missing, unreadable, damaged (up to ten are named), without
+    captions or in an order in which samples cannot be read; remote ones without statistics; a
+    caption_key that no sample has; too many samples left out or, with verify, bad; none at all.
     """
     kinds = ("json",) if caption_key else ("txt",)
     if evaluation:
         kinds += ("cls",)
-    kind = "|".join(kinds)  # under which the counts are kept
 
-    counter = ShardCounter(kinds, caption_key, verify, count_remote or evaluation, progress)
-    shards = []
-    counts = []
+    # All patterns are looked at before the first is counted, which may take long.
+    sources = []
     for pattern in split_patterns(patterns):
         urls = expand(pattern)
-        file = os.path.abspath(path or index_file(urls[0], pattern, evaluation))
-        known = read_index(file)
-        names = [entry_name(url, file) for url in urls]
-        forget_changed_shards(known, names, urls)
+        if caption_key:
+            check_caption_key(urls[0], kinds, caption_key)
+        place = path or index_file(urls[0], pattern, evaluation)
+        sources.append((pattern, urls, os.path.abspath(place)))
+    files = {place: IndexFile(place) for _, _, place in sources}
+
+    counter = ShardCounter(kinds, caption_key, verify, count_remote or evaluation, progress)
+    try:
+        parts = [files[place].count(counter, pattern, urls) for pattern, urls, place in sources]
+        counter.check()
+        index = joined(parts, kinds)
+        named = ", ".join(split_patterns(patterns))
+        check_share(named, index, allow_left_out)
+    except BaseException:
+        # What was counted is kept, whatever ended the counting.
+        for file in files.values():
+            file.save_draft()
+        raise
+
+    for file in files.values():
+        file.accept()
+    if index.left_out:
+        print(f"left out of {named}: {summary(index.left_out)}", file=sys.stderr)
+    return index
+
+
+def joined(parts, kinds):
+    """Indexes -> one Index of all their shards."""
+    shards = []
+    counts = []
+    left_out = Counter()
+    for part in parts:
+        shards += part.shards
+        counts += part.counts.tolist()
+        left_out.update(part.left_out)
+    return Index(shards, np.array(counts, dtype=np.int64), kinds, left_out)
+
+
+def check_caption_key(url, kinds, caption_key):
+    """ConfigError if none of a shard's first samples has this entry in its KEY.json.
+
+    A set whose samples have classes does not need captions. A shard that cannot be read is passed
+    over: that is found elsewhere.
+    """
+    keys = Counter()
+    num_samples = 0
+    try:
+        samples = usable_samples(url, kinds, range(NUM_LOOKED_AT))
+        for _, files in islice(samples, NUM_LOOKED_AT):
+            entries = json_entries(files)
+            if caption_key in entries or "cls" in files:
+                return
+            keys.update(entries)
+            num_samples += 1
+    except (OSError, tarfile.TarError):
+        return
+    if not keys:
+        return
+
+    frequent = [key for key, _ in keys.most_common(50)]
+    there = ", ".join(shown(key) for key in frequent[:10])
+    raise ConfigError(
+        f"{url}: none of the first {num_samples} samples has the caption_key {caption_key!r} in "
+        f"its KEY.json; they have {there}{nearest(caption_key, frequent)}"
+    )
+
+
+def json_entries(files):
+    """KEY.json among the files of a sample -> a dict; empty if it is not readable, or no dict."""
+    try:
+        entries = json.loads(files["json"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def warn_of_shared_shards(train, evaluation):
+    """Warn, once, if shards are in both of two indexes: such results are of no use."""
+    trained = {real_path(url) for url in train.shards}
+    shared = [url for url in evaluation.shards if real_path(url) in trained]
+    if shared:
+        print(
+            f"warning: {len(shared)} of the {len(evaluation.shards)} shards in eval_data are in "
+            f"train_data, too, for example {shared[0]}: the evaluation is of samples that the "
+            "model was trained on",
+            file=sys.stderr,
+        )
+
+
+def real_path(url):
+    return os.path.realpath(url) if is_local(url) else url
+
+
+# ---- the file of an index ----
+
+
+class IndexFile:
+    """The counts of shards, and the file that keeps them.
+
+    The file: {"shards": {name: entry}}. An entry has the "size" of the shard in bytes (None of a
+    remote one) and, for each kind of sample ("txt", "json", "txt|cls"), the count under that kind
+    and, if there were any, the numbers of those left out under "KIND left out".
+
+    Counts that are not yet accepted are kept in a draft in the cache: nothing is written beside
+    shards that may turn out to be of no use.
+    """
+
+    def __init__(self, path):
+        """Raises ConfigError if the file is something else."""
+        self.path = path
+        self.draft = cache_file(f"draft of {path}")
+        self.known = read_index(path)
+        unfinished = read_index(self.draft)
+        self.has_news = bool(unfinished)  # something that is not in the file
+        if unfinished:
+            self.known = unfinished
+        self.saved_at = time.monotonic()
+
+    def count(self, counter, pattern, urls):
+        """Count those shards of a pattern that are not known -> Index.
+
+        The counts of damaged ones, which the counter has noted, are 0.
+        """
+        kind = "|".join(counter.kinds)
+        names = [self.name_of(url) for url in urls]
+        self.forget_changed_shards(names, urls)
 
         todo = {}
         for name, url in zip(names, urls):
-            if verify or kind not in known[name]:
+            if counter.verify or kind not in self.known[name]:
                 todo[name] = url
         if todo:
-            try:
-                for name, count in counter.count(pattern, todo):
-                    known[name][kind] = count
-            finally:
-                # What was counted is kept, whatever ended the counting.
-                if any(kind in known[name] for name in todo):
-                    write_index(file, known)
+            for name, result in counter.count(pattern, todo):
+                self.keep(name, kind, result)
 
-        shards += urls
-        counts += [known[name].get(kind, 0) for name in names]
+        counts = [self.known[name].get(kind, 0) for name in names]
+        left_out = Counter()
+        for name in names:
+            left_out.update(self.known[name].get(f"{kind} left out", {}))
+        return Index(urls, np.array(counts, dtype=np.int64), counter.kinds, left_out)
 
-    counter.show_left_out()
-    counter.raise_damaged()
-    if not sum(counts):
-        raise ConfigError(f"{patterns}: no usable sample in {len(shards)} shards")
-    return Index(shards, np.array(counts, dtype=np.int64), kinds)
+    def name_of(self, url):
+        """The name of a shard in the file; relative to it, so that both can be moved together."""
+        if is_local(url):
+            return os.path.relpath(url, os.path.dirname(self.path))
+        return url
 
+    def forget_changed_shards(self, names, urls):
+        """Make an empty entry for each shard that is new or of another size than when counted."""
+        for name, url in zip(names, urls):
+            size = os.path.getsize(url) if is_local(url) else None
+            if name not in self.known or self.known[name].get("size") != size:
+                self.known[name] = {"size": size}
 
-# ---- the file of an index: {"shards": {name: {"size": bytes or null, kind: count}}} ----
+    def keep(self, name, kind, result):
+        """Keep the ShardCount of a shard, now and then also on the disk."""
+        self.known[name][kind] = result.count
+        self.known[name].pop(f"{kind} left out", None)
+        if result.left_out:
+            self.known[name][f"{kind} left out"] = dict(result.left_out)
+
+        self.has_news = True
+        if time.monotonic() - self.saved_at >= SAVE_SECONDS:
+            self.save_draft()
+
+    def save_draft(self):
+        """Keep in the cache what is not in the file. A disk that refuses costs only time."""
+        if self.has_news:
+            with suppress(OSError):
+                write_index(self.draft, self.known)
+        self.saved_at = time.monotonic()
+
+    def accept(self):
+        """Write the file, if there is something new. Warn if that is not possible."""
+        if not self.has_news:
+            return
+        try:
+            write_index(self.path, self.known)
+        except OSError as error:
+            warnings.warn(
+                f"the index cannot be written and will be made again at the next start: {error}",
+                stacklevel=3,
+            )
+            return
+
+        print(f"index written: {self.path}", file=sys.stderr)
+        with suppress(OSError):
+            os.remove(self.draft)
 
 
 def index_file(url, pattern, evaluation=False):
@@ -176,7 +333,7 @@ def is_our_index(file):
 
 
 def read_index(file):
-    """-> {name of a shard: {"size": bytes or None, kind: count}}; empty if there is no such file.
+    """-> {name of a shard: its entry}, see IndexFile; empty if there is no such file.
 
     Raises ConfigError if it is something else.
     """
@@ -184,9 +341,7 @@ def read_index(file):
         with open(file) as f:
             known = json.load(f)["shards"]
         for entry in known.values():
-            for number in entry.values():
-                if not isinstance(number, (int, type(None))):
-                    raise ValueError("counts are numbers")
+            check_entry(entry)
     except OSError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -196,294 +351,21 @@ def read_index(file):
     return known
 
 
+def check_entry(entry):
+    """Raise ValueError or AttributeError if this is no entry of an index."""
+    for key, value in entry.items():
+        numbers = value.values() if key.endswith(" left out") else [value]
+        if not all(isinstance(number, (int, type(None))) for number in numbers):
+            raise ValueError("counts are numbers")
+
+
 def write_index(file, known):
-    """Write an index atomically, so that nobody reads half of it. Warn if that is not possible."""
+    """Write an index atomically, so that nobody reads half of it. Raises OSError."""
     temporary = f"{file}.{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(file), exist_ok=True)
-        with open(temporary, "w") as f:
-            json.dump({"shards": known}, f, indent=1)
-        os.replace(temporary, file)
-        print(f"index written: {file}", file=sys.stderr)
-    except OSError as error:
-        warnings.warn(
-            f"the index cannot be written and will be made again at the next start: {error}",
-            stacklevel=2,
-        )
-
-
-def entry_name(url, file):
-    """The name of a shard in an index; relative to it, so that both can be moved together."""
-    if is_local(url):
-        return os.path.relpath(url, os.path.dirname(file))
-    return url
-
-
-def forget_changed_shards(known, names, urls):
-    """Make an empty entry for each shard that is new, or has another size than when counted."""
-    for name, url in zip(names, urls):
-        size = os.path.getsize(url) if is_local(url) else None
-        if name not in known or known[name].get("size") != size:
-            known[name] = {"size": size}
-
-
-# ---- counting ----
-
-
-class ShardCounter:
-    """Counts shards with several threads, and remembers what was wrong with them.
-
-    The options are those of load_index. `damaged`: messages about shards that cannot be used;
-    `left_out`: Counter of the samples that are not usable, by reason.
-    """
-
-    def __init__(self, kinds, caption_key, verify, count_remote, progress):
-        self.kinds = kinds
-        self.caption_key = caption_key
-        self.verify = verify
-        self.count_remote = count_remote
-        self.progress = progress
-        self.damaged = []
-        self.left_out = Counter()
-
-    def count(self, pattern, todo):
-        """Yield (name, count) for the shards of `todo`, {name: URL}, except for damaged ones.
-
-        Raises ConfigError at the first remote shard that has no statistics and may not be read
-        through.
-        """
-        urls = list(todo.values())
-        with ThreadPool(THREADS) as pool:
-            sizes = {} if self.verify else read_sizes(urls, self.kinds, pool, self.progress)
-            results = pool.imap(partial(self.count_or_error, sizes=sizes), urls)
-            results = tqdm(results, f"indexing {pattern}", len(todo), unit="shard")
-
-            for (name, url), result in zip(todo.items(), results):
-                self.progress(f"start-up, indexing {name}")
-                if isinstance(result, ConfigError):
-                    self.damaged.append(str(result))
-                    if len(self.damaged) >= MAX_DAMAGED:
-                        return
-                    continue
-
-                count, left_out = result
-                if count is None:
-                    raise ConfigError(no_statistics(pattern, url, self.caption_key))
-                self.left_out.update(left_out)
-                yield name, count
-
-    def count_or_error(self, url, sizes):
-        """What count_samples returns, or the ConfigError that it raises."""
-        try:
-            return count_samples(
-                url,
-                kinds=self.kinds,
-                verify=self.verify,
-                caption_key=self.caption_key,
-                count_remote=self.count_remote,
-                sizes=sizes.get(sibling(url, "sizes.json")),
-            )
-        except ConfigError as error:
-            return error
-
-    def show_left_out(self):
-        if not self.left_out:
-            return
-        parts = [f"{number:,} {reason}" for reason, number in self.left_out.most_common()]
-        print("left out: " + ", ".join(parts), file=sys.stderr)
-
-    def raise_damaged(self):
-        if not self.damaged:
-            return
-        if len(self.damaged) == 1:
-            raise ConfigError(self.damaged[0])
-
-        lines = ["these shards cannot be used:", *self.damaged[:10]]
-        if len(self.damaged) >= MAX_DAMAGED:
-            lines.append(f"and {len(self.damaged) - 10} more, at least")
-        elif len(self.damaged) > 10:
-            lines.append(f"and {len(self.damaged) - 10} more")
-        raise ConfigError("\n  ".join(lines))
-
-
-def no_statistics(pattern, url, caption_key):
-    """The message about a remote set that would have to be read through before training."""
-    command = f"python -m ingest.index {shlex.quote(pattern)}"
-    if caption_key:
-        command += f" --caption_key {shlex.quote(caption_key)}"
-
-    looked_for = "no file name in it ends with .tar, beside which to look for them"
-    if shard_name(url):
-        looked_for = (
-            f"{sibling(url, 'sizes.json')} (shard name: count, as open_clip's) and "
-            f"{sibling(url, '{stem}_stats.json')} (img2dataset's) are missing, cannot be read or "
-            "cannot be true"
-        )
-    return (
-        f"{url} is remote and has no statistics: {looked_for}. To count the samples, the whole set "
-        f"must be read once: do it now with `{command}`, which keeps the counts in the cache, or "
-        "set index_remote = True to do it when the training starts. train_samples cannot replace "
-        "the counts: a sample's id is its shard's offset plus its position there, so the count of "
-        "each shard is needed"
-    )
-
-
-def count_samples(url, kinds, verify, caption_key, count_remote=True, sizes=None):
-    """A shard -> (how many usable samples it holds, Counter of those left out by reason).
-
-    The count is that of the statistics beside the shard if they are plausible, otherwise from a
-    walk through its headers; verify: from decoding every sample. sizes: the content of the
-    folder's sizes.json. The count is None if the shard is remote, has no statistics and
-    count_remote is false. Raises ConfigError if the shard cannot be used.
-    """
-    left_out = Counter()
-    if not verify:
-        count = count_in_statistics(url, kinds, sizes or {})
-        if count:
-            return count, left_out
-        if not is_local(url) and not count_remote:
-            return None, left_out
-
-    count = 0
-    bad = Counter()
-    found = Counter()
-    wanted = range(sys.maxsize if verify else 0)
-    try:
-        for key, files in usable_samples(url, kinds, wanted, left_out):
-            count += 1
-            if verify:
-                reason = reason_against(files, caption_key)
-                if reason:
-                    bad[reason] += 1
-                    tqdm.write(f"{url} {shown(key)}: {reason}")
-        if not count:
-            found.update(extension for *_, extension in members(url))
-    except (OSError, tarfile.TarError) as error:
-        size = f" ({os.path.getsize(url)} bytes)" if os.path.exists(url) else ""
-        raise ConfigError(
-            f"{url}{size} is unreadable or damaged after {count} samples: {error}; "
-            "fetch it again, or leave it out"
-        ) from error
-
-    if verify:
-        tqdm.write(f"{url}: {count} samples, bad: {dict(bad) or 'none'}")
-    if found:
-        raise ConfigError(no_usable_sample(url, kinds, found))
-    return count, left_out
-
-
-def reason_against(files, caption_key):
-    """Decode a sample -> why it is bad, '' if it is good."""
-    try:
-        decode(files)
-        if "cls" not in files:
-            captions(files, caption_key)
-    except BadSample as error:
-        return str(error)
-    return ""
-
-
-def no_usable_sample(url, kinds, found):
-    """The message about a shard without a usable sample. found: Counter of its extensions."""
-    contents = [f"{number} {shown(extension)}" for extension, number in found.most_common(8)]
-    message = (
-        f"{url} has no usable sample: one needs an image ({', '.join(sorted(IMAGES))}) and, of the "
-        f"same key, {' or '.join(kinds)}; it holds {', '.join(contents)}"
-    )
-    if "json" in found and "json" not in kinds:
-        message += "; set caption_key if captions are in KEY.json"
-    return message
-
-
-def shown(name):
-    """A name out of a tar, fit to be printed: as it is, it could move a terminal's cursor."""
-    return (name if name.isprintable() else ascii(name))[:200]
-
-
-# ---- statistics beside the shards ----
-
-
-def read_json(url, limit):
-    """A small JSON file beside a shard -> its content; None if it is missing or no JSON."""
-    if not url:
-        return None
-    try:
-        with open_url(url, quiet=True) as f:
-            return json.loads(f.read(limit))
-    except (OSError, ValueError, RecursionError, tarfile.TarError):
-        return None
-
-
-def read_sizes(urls, kinds, pool, progress):
-    """The files sizes.json in the folders of shards -> {URL of the file: {shard name: count}}.
-
-    Of a remote folder, the first shard must begin with a usable sample. To open every remote shard
-    for this check would take hours for a large set.
-    """
-    first_shards = {}
-    for url in urls:
-        first_shards.setdefault(sibling(url, "sizes.json"), url)
-
-    def read(item):
-        sizes_url, first_shard = item
-        sizes = read_json(sizes_url, MAX_SIZES_BYTES)
-        if not isinstance(sizes, dict):
-            return {}
-        if not is_local(first_shard) and not begins_with_sample(first_shard, kinds):
-            return {}
-        return sizes
-
-    results = {}
-    for sizes_url, sizes in zip(first_shards, pool.imap(read, first_shards.items())):
-        progress(f"start-up, looking for {sizes_url}")
-        results[sizes_url] = sizes
-    return results
-
-
-def count_in_statistics(url, kinds, sizes):
-    """The count of a shard in sizes.json or in img2dataset's statistics; 0 if there is none.
-
-    A count is believed if it is plausible, and if the shard begins with a usable sample (of remote
-    shards in sizes.json, read_sizes has checked the first).
-    """
-    count = sizes.get(shard_name(url))
-    if is_plausible(url, count):
-        if not is_local(url) or begins_with_sample(url, kinds):
-            return count
-
-    statistics = read_json(sibling(url, "{stem}_stats.json"), MAX_TEXT_BYTES)
-    if isinstance(statistics, dict):
-        count = statistics.get("successes")
-        if is_plausible(url, count) and begins_with_sample(url, kinds):
-            return count
-    return 0
-
-
-def is_plausible(url, count):
-    """Whether a shard can hold so many samples and, if it is a file, is complete."""
-    if not isinstance(count, int) or isinstance(count, bool):
-        return False
-    if not is_local(url):
-        return 0 < count < 1 << 31
-
-    try:
-        # A sample has two headers of 512 bytes at least.
-        if not 0 < count < os.path.getsize(url) // 1024:
-            return False
-        # A tar ends with two empty blocks; one that is cut short does not.
-        with open(url, "rb") as f:
-            f.seek(-1024, os.SEEK_END)
-            return not any(f.read())
-    except OSError:
-        return False
-
-
-def begins_with_sample(url, kinds):
-    """Whether a shard can be opened and its first sample is found."""
-    try:
-        return next(usable_samples(url, kinds, range(0)), None) is not None
-    except (OSError, tarfile.TarError):
-        return False
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(temporary, "w") as f:
+        json.dump({"shards": known}, f, indent=1)
+    os.replace(temporary, file)
 
 
 # ---- command line ----
@@ -508,10 +390,25 @@ def main(argv):
     parser.add_argument(
         "--verify", action="store_true", help="decode every sample and print the bad ones"
     )
+    parser.add_argument(
+        "--allow_left_out",
+        type=float,
+        default=Config.allow_left_out,
+        metavar="SHARE",
+        help="accept a set of which this share of what looks like samples is not usable",
+    )
     parser.add_argument("--out", help="write this file instead of index.json or the cache's")
     a = parser.parse_args(argv)
 
-    index = load_index(a.patterns, a.caption_key, a.evaluation, a.verify, a.out, count_remote=True)
+    index = load_index(
+        a.patterns,
+        a.caption_key,
+        a.evaluation,
+        a.verify,
+        a.out,
+        count_remote=True,
+        allow_left_out=a.allow_left_out,
+    )
     print(f"{index.num_samples:,} samples in {len(index.shards):,} shards")
 
 

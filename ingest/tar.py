@@ -3,7 +3,6 @@
 import json
 import re
 import tarfile
-from collections import Counter
 from itertools import chain
 
 from ingest.images import IMAGES, BadSample
@@ -136,11 +135,8 @@ def usable_samples(url, kinds, wanted, left_out=None):
     A sample is the neighbouring files of one key; a second file of the same name begins another
     sample. It is usable with an image and a file of one of `kinds`, a tuple of extensions. Only
     the samples at positions in `wanted`, a range, are read; the others come without files.
-    Unusable samples are counted by reason in the Counter `left_out`. Raises what `members` raises.
+    left_out: a LeftOut, which is told of all that is not usable. Raises what `members` raises.
     """
-    if left_out is None:
-        left_out = Counter()
-
     position = 0  # among the usable samples of the shard
     key = None
     extensions = set()
@@ -152,13 +148,12 @@ def usable_samples(url, kinds, wanted, left_out=None):
             # The sample before is complete.
             has_image = not extensions.isdisjoint(IMAGES)
             has_text = not extensions.isdisjoint(kinds)
-            if has_image and has_text:
+            is_usable = has_image and has_text
+            if left_out is not None:
+                left_out.look(key, extensions, is_usable)
+            if is_usable:
                 yield key, files
                 position += 1
-            elif has_image:
-                left_out["no caption"] += 1
-            elif has_text:
-                left_out["no image"] += 1
 
             key = new_key
             extensions = set()

@@ -23,7 +23,8 @@ from urllib.request import url2pathname
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
-from config import ConfigError
+from config import ConfigError, nearest
+from ingest.folders import no_shards
 
 PIPE_TIMEOUT = 60  # seconds without a byte from a command before it is killed
 BUFFER_BYTES = 1 << 16
@@ -127,7 +128,7 @@ def file_path(url):
 
 
 def existing_files(pattern, names):
-    """Names of files, maybe with ~ and * -> list of paths. ConfigError: missing files."""
+    """Names of files, maybe with ~ and * -> list of paths. ConfigError: missing ones, folders."""
     paths = []
     for name in names:
         name = os.path.expanduser(name)
@@ -138,15 +139,43 @@ def existing_files(pattern, names):
 
     missing = [path for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
+        check_is_one_pattern(pattern)
         raise ConfigError(
             f"{pattern} matches no file, as seen from {os.getcwd()}: correct the pattern"
+            f"{nearest_name(paths[0] if paths else pattern)}"
         )
     if missing:
         raise ConfigError(
             f"{pattern}: {missing[0]} does not exist, {len(missing)} of {len(paths)} shards are "
             "missing: fetch them, or narrow the pattern"
         )
+    for path in paths:
+        if os.path.isdir(path):
+            raise ConfigError(no_shards(path))
     return paths
+
+
+def nearest_name(path):
+    """A hint: the name spelt most alike in the place of that part of a path which is not there."""
+    parent, name = os.path.split(path.rstrip("/"))
+    if parent and not os.path.isdir(parent):
+        return nearest_name(parent)
+    if glob.has_magic(name):
+        return ""
+    try:
+        return nearest(name, os.listdir(parent or "."))
+    except OSError:
+        return ""
+
+
+def check_is_one_pattern(pattern):
+    """ConfigError if what matches no file is several names with spaces or commas between them."""
+    names = re.split(r"[\s,]+", pattern.strip(" ,[]()"))
+    if len(names) > 1 and all(name.endswith(".tar") or os.path.exists(name) for name in names):
+        raise ConfigError(
+            f"{pattern!r} is taken for one name and matches no file: give several as a list, "
+            f"\"{names}\", or join them by '::', {'::'.join(names)!r}"
+        )
 
 
 def check_remote(pattern, url):

@@ -25,18 +25,32 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 
 import torch
 
 import dist
-from config import MODEL_KEYS, ConfigError
+from config import (
+    HINTS,
+    JOB_KEYS,
+    MODEL_KEYS,
+    BadRun,
+    Config,
+    ConfigError,
+    files_beside,
+    nearest,
+    typed,
+    writing_to,
+)
 from runtime import ranks
 
 SUMS = "SHA256SUMS"
+STEP_NAME = r"step-\d{8,}"
 
-# Settings that a continued run cannot change.
+# Settings that a continued run cannot change: what the checkpoint holds would be of no use, or (for
+# tau_init) would hide the change. Other settings of the model show in the shapes of its weights.
 FIXED_KEYS = (
     "algorithm",
     "optimizer",
@@ -45,6 +59,32 @@ FIXED_KEYS = (
     "lanes",
     "shuffle_block",
     "decoder",
+    "image_size",
+    "text_heads",
+    "tau_init",
+)
+
+# Settings of the method, which a continued run changes only with resume_changes. Not among them is
+# what operators change on the way: the length of the run, the learning rates and their warm-up,
+# intervals, and the machine's settings, the precision included (a lower one is a rounding of the
+# same method, and a higher one a remedy for numbers that are not finite).
+METHOD_KEYS = (
+    "equations",
+    "rho",
+    "eps_u",
+    "gamma_min",
+    "gamma_schedule",
+    "gamma_decay_epochs",
+    "gamma_smooth",
+    "lr_tau_schedule",
+    "caption_key",
+    "caption_lines",
+    "crop_scale",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "eps",
+    "grad_clip",
 )
 
 # ---- saving ----
@@ -135,7 +175,7 @@ class Saver:
         """Begin to save checkpoint `step` -> the seconds for which training waited.
 
         It is on the disk after wait(), or on return with save_background=False. Raises
-        RuntimeError if a weight is not finite, because such a checkpoint is useless.
+        BadRun if a weight is not finite, because such a checkpoint is useless.
         """
         start = time.monotonic()
         self.wait()  # only one save at a time
@@ -177,7 +217,7 @@ class Saver:
         if all(finite):
             return
         name = list(weights)[finite.index(False)]
-        raise RuntimeError(
+        raise BadRun(
             f"{name} is not finite after step {step}, which is not saved. {self.describe_newest()}"
         )
 
@@ -323,13 +363,15 @@ def lock_folder(out_dir, create=False):
 
     create: make the folder, and its checkpoints folder, if it is missing.
     -> None if there is no such folder, or if the file system has no locks.
-    Raises ConfigError if another process has locked it.
+    Raises ConfigError if another process has locked it, or if nothing can be written there.
     """
-    if not create and not os.path.isdir(out_dir):
-        return None
-    os.makedirs(os.path.join(out_dir, "checkpoints"), exist_ok=True)
+    with writing_to(out_dir):
+        check_writable(out_dir)
+        if not create and not os.path.isdir(out_dir):
+            return None
+        os.makedirs(os.path.join(out_dir, "checkpoints"), exist_ok=True)
+        lock = os.open(os.path.join(out_dir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
 
-    lock = os.open(os.path.join(out_dir, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
@@ -341,6 +383,15 @@ def lock_folder(out_dir, create=False):
         ) from None
     except OSError:
         return None
+
+
+def check_writable(folder):
+    """OSError if no file can be made in the folder or, where there is none yet, in its parent."""
+    folder = os.path.abspath(folder)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def check_shared(out_dir):
@@ -454,8 +505,10 @@ def remove(path):
 
 
 def steps(root):
-    """-> the names of the checkpoints in the folder root, newest first."""
-    names = [name for name in os.listdir(root) if re.fullmatch(r"step-\d{8,}", name)]
+    """-> the names of the checkpoints in the folder root, newest first; [] if there is no root."""
+    if not os.path.isdir(root):
+        return []
+    names = [name for name in os.listdir(root) if re.fullmatch(STEP_NAME, name)]
     return sorted(names, key=step_key, reverse=True)
 
 
@@ -474,7 +527,8 @@ def describe(error):
 def find(config, names=None, progress=lambda where: None):
     """config.resume -> the checkpoint folder to start from, or None.
 
-    For "auto" it is the newest checkpoint that is not damaged; damaged ones are named on stderr.
+    For "auto", and for the folder of a run, it is the newest checkpoint that is not damaged;
+    damaged ones are named on stderr.
 
     names: verify these files only, not all of them.
     progress(where): called while files are verified.
@@ -482,14 +536,16 @@ def find(config, names=None, progress=lambda where: None):
     if a new run would be written over an old one.
     """
     root = os.path.join(config.out_dir, "checkpoints")
-    existing = steps(root) if os.path.isdir(root) else []
-    if existing and not names:
-        check_not_overwritten(config, root, existing[0])
+    requested = None if config.resume in ("auto", "none") else config.resume.rstrip("/")
+    if requested is not None and not os.path.isdir(requested):
+        raise ConfigError(f"resume = {requested!r} does not exist{describe_nearby(requested)}")
+    if steps(root) and not names:
+        check_not_overwritten(config, root, steps(root)[0])
 
-    if config.resume not in ("auto", "none"):
-        return find_requested(config.resume, names, progress)
-    if existing:
-        return find_newest(root, existing, names, progress)
+    if requested:
+        return find_requested(requested, names, progress)
+    if steps(root):
+        return find_newest(root, names, progress)
     return None
 
 
@@ -498,8 +554,10 @@ def check_not_overwritten(config, root, newest):
     if config.resume == "auto":
         return
     if config.resume != "none":
-        requested_root = os.path.dirname(config.resume.rstrip("/"))
-        if os.path.abspath(requested_root) == os.path.abspath(root):
+        # A checkpoint of out_dir, its folder of checkpoints, or out_dir itself.
+        requested = os.path.abspath(config.resume)
+        own = os.path.abspath(root)
+        if own in (requested, os.path.dirname(requested), os.path.join(requested, "checkpoints")):
             return
     raise ConfigError(
         f"{config.out_dir} already holds a run, saved at {newest}. Continue it with --resume=auto, "
@@ -508,24 +566,42 @@ def check_not_overwritten(config, root, newest):
 
 
 def find_requested(folder, names, progress):
-    """-> the folder that config.resume names, verified."""
-    folder = folder.rstrip("/")
-    if not os.path.isdir(folder):
-        raise ConfigError(
-            f"resume = {folder!r} is no checkpoint "
-            f"(give a folder like runs/NAME/checkpoints/step-00001000)"
-        )
+    """-> the folder that config.resume names, or the newest one in it; verified."""
+    for root in (folder, os.path.join(folder, "checkpoints")):
+        if steps(root):
+            newest = find_newest(root, names, progress)
+            print(f"resume = {folder!r}: its newest checkpoint is {newest}", flush=True)
+            return newest
+
     wrong = verify(folder, names, progress)
     if wrong:
         raise ConfigError(f"{folder} cannot be used: {wrong}; use another checkpoint")
     return folder
 
 
-def find_newest(root, existing, names, progress):
-    """-> the newest of the `existing` checkpoints in the folder root that is not damaged."""
+def describe_nearby(folder):
+    """-> the end of a message: which checkpoints there are in place of this folder."""
+    parent = os.path.dirname(folder)
+    if steps(parent):
+        return f"; {parent} holds {', '.join(steps(parent))}"
+    runs = [path for path in files_beside(folder) if steps(os.path.join(path, "checkpoints"))]
+    return nearest(folder, runs) or (
+        "; it is auto, a checkpoint (runs/NAME/checkpoints/step-00001000) or the folder of a run"
+    )
+
+
+def find_newest(root, names, progress):
+    """-> the newest of the checkpoints in the folder root that is not damaged."""
+    existing = steps(root)
     latest = read_latest(root)
+    if not re.fullmatch(STEP_NAME, latest):
+        warn(f"{root}/latest names no checkpoint ({latest[:40]!r}): the newest complete one counts")
+        latest = existing[0]
+
     # A folder that is newer than `latest` belongs to a save that was killed just after its rename.
     candidates = [name for name in existing if step_key(name) <= step_key(latest)]
+    if candidates and candidates[0] != existing[0]:
+        warn(f"{existing[0]} is not used: it is later than {latest}, which {root}/latest names")
 
     damaged = []
     for name in candidates or existing:
@@ -617,12 +693,12 @@ def load(path, model, optimizer, loss, scaler, config, fingerprint=""):
     """Continue from the folder `path` -> (number of steps done, the log's state).
 
     All ranks call this. The number of ranks may be another than the one that saved: rows of the
-    u-state are found by sample id. Raises ConfigError if the checkpoint is of another model,
-    algorithm or data set.
+    u-state are found by sample id. Raises ConfigError if the checkpoint is of another model or data
+    set; check_settings is to be called before.
     """
     load_model(path, model, config)
     train = read(os.path.join(path, "train.pt"))
-    check_same_run(path, train, config, fingerprint)
+    check_data(path, train, config, fingerprint)
 
     load_optimizer(optimizer, train["optimizer"])
     if train["scaler"] and scaler.is_enabled():
@@ -662,30 +738,64 @@ def shape_of(weights, name):
 
 def different_settings(path, config):
     """-> sentences on the settings of the model that are not those of the checkpoint."""
-    saved = read(os.path.join(path, "train.pt"))["config"]
     sentences = []
-    for key in ("model", *MODEL_KEYS):
-        value = getattr(config, key)
-        if saved.get(key) != value:
-            sentences.append(f"{key} = {saved.get(key)!r} there, {value!r} here")
+    for key, (there, here) in changed_settings(path, config).items():
+        if key in ("model", *MODEL_KEYS):
+            sentences.append(f"{key} = {there!r} there, {here!r} here")
     return sentences
 
 
-def check_same_run(path, train, config, fingerprint):
-    """ConfigError if the checkpoint is of another algorithm, order of samples or data set.
+def changed_settings(path, config):
+    """-> {key: (its value in the checkpoint, its value here)} of all that differ, but JOB_KEYS."""
+    saved = saved_config(path)
+    changes = {}
+    for field in dataclasses.fields(config):
+        there = getattr(saved, field.name)
+        here = getattr(config, field.name)
+        if there != here and field.name not in JOB_KEYS:
+            changes[field.name] = (there, here)
+    return changes
 
-    train: the content of train.pt.
+
+def saved_config(path):
+    """-> the Config with which the checkpoint in the folder `path` was saved.
+
+    A key that is younger than the checkpoint had its default value then, and keys that are gone are
+    left out. The file has lists in place of tuples.
     """
-    # A key that is younger than the checkpoint had its default value then.
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    saved = {**defaults, **train["config"]}
-    for key in FIXED_KEYS:
-        if saved[key] != getattr(config, key):
-            raise ConfigError(
-                f"{path} was trained with {key} = {saved[key]!r}, this run has "
-                f"{getattr(config, key)!r}; a continued run cannot change it"
-            )
+    saved = read(os.path.join(path, "train.pt"), mmap=True)["config"]
+    values = {key: typed(key, value, path) for key, value in saved.items() if key in HINTS}
+    return Config(**values)
 
+
+def check_settings(path, config):
+    """Print what this run changes against the checkpoint that it starts from.
+
+    Raises ConfigError for a key of FIXED_KEYS, and for METHOD_KEYS unless config.resume_changes.
+    It reads little, so that it can come before anything is allocated.
+    """
+    changes = {}
+    for key, (there, here) in changed_settings(path, config).items():
+        changes[key] = f"{key}: {there!r} -> {here!r}"
+
+    fixed = [changes[key] for key in FIXED_KEYS if key in changes]
+    if fixed:
+        raise ConfigError(
+            f"{path} was trained with other settings, which a continued run cannot change "
+            f"({'; '.join(fixed)}): put them back, or start a new run"
+        )
+    method = [changes[key] for key in METHOD_KEYS if key in changes]
+    if method and not config.resume_changes:
+        raise ConfigError(
+            f"{path} was trained with other settings of the method ({'; '.join(method)}): put them "
+            "back, or continue with the new ones by --resume_changes=True"
+        )
+    for change in changes.values():
+        print(f"changed since {path}: {change}", flush=True)
+
+
+def check_data(path, train, config, fingerprint):
+    """ConfigError if the checkpoint is of another data set. train: the content of train.pt."""
     if train["fingerprint"] != fingerprint:
         raise ConfigError(
             f"{path} was trained on another data set, or on another order of shards: its index "

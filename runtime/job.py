@@ -12,11 +12,11 @@ import time
 import torch
 
 import dist
-from config import ConfigError, stop_seconds
+from config import BadRun, ConfigError, stop_seconds
 from ingest import evaluation
-from ingest.index import load_index
+from ingest.index import load_index, warn_of_shared_shards
 from runtime import checkpoint, hardware
-from runtime.log import BadRun, Log
+from runtime.log import Log, check_packages
 from runtime.ranks import Interrupted, Vote, from_first_rank
 from runtime.watchdog import LEAVING, Watchdog, end_with_torchrun
 
@@ -83,6 +83,7 @@ class Job:
         hardware.report_idle_gpus(self.device)
         self.watchdog = Watchdog(c.timeout)
         check_batch_size(c, dist.world_size())
+        from_first_rank(check_packages, c)
         self.lock = from_first_rank(checkpoint.lock_folder, c.out_dir)
 
     def fail(self, error):
@@ -128,10 +129,18 @@ class Job:
         """
         c = self.config
         self.start_from = self.once(checkpoint.find, c)
-        index = self.once(load_index, c.train_data, c.caption_key, count_remote=c.index_remote)
+        if self.start_from:
+            from_first_rank(checkpoint.check_settings, self.start_from, c)
+        index = self.once(
+            load_index,
+            c.train_data,
+            c.caption_key,
+            count_remote=c.index_remote,
+            allow_left_out=c.allow_left_out,
+        )
         if c.eval_data:
-            self.once(load_index, c.eval_data, c.caption_key, evaluation=True)
-            from_first_rank(evaluation.check, c)
+            evaluated = self.once(evaluation.check, c)
+            from_first_rank(warn_of_shared_shards, index, evaluated.index)
         self.progress("start-up, making the model")
         return index
 
@@ -291,11 +300,11 @@ class Job:
     def finish(self, step):
         """Wait for the last checkpoint, say how the job ended, and leave together with all ranks.
 
-        Raises RuntimeError if the checkpoint could not be saved, or the ranks' weights differ.
+        Raises BadRun if it could not be saved, RuntimeError if the weights of the ranks differ.
         """
         self.progress(f"step {step}, saving")
         if not self.saver.wait():
-            raise RuntimeError("the last checkpoint could not be saved: see above")
+            raise BadRun("the last checkpoint could not be saved: see above")
         dist.check_same_weights(self.t.model)
 
         if step == self.t.total_steps and not self.evaluation_left:

@@ -5,9 +5,10 @@ import importlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import NamedTuple
 
 import torch
@@ -15,15 +16,25 @@ from tqdm import tqdm
 
 import config as configs
 import dist
+from config import BadRun
 from runtime.hardware import peak_flops
 from runtime.plots import plot
 
 MAX_BAD = 0.01  # of all samples (or steps): beyond it, the data need a look before more is spent
 PRINT_SECONDS = 10  # between two lines of progress, where there is no terminal
 
+# From this share of its chance level ln(B) on, the in-batch loss says that nothing is learned. Runs
+# with a learning rate far too high lie at 1.000 to 1.012 of it, the emoji runs at 0.76 at the end
+# of their warm-up. With a large batch, too, little is asked of the model: the similarity of a
+# positive must exceed that of the negatives by 0.01 ln(B) TAU_REFERENCE, 0.008 for B = 65,536.
+CHANCE_SHARE = 0.99
+LOOK_AFTER = 1000  # steps after the warm-up, or half of those left then, if that is less
+LOOK_AT = 10  # the mean of the last so many reports
 
-class BadRun(RuntimeError):
-    """What makes a run end although it could go on. All ranks raise it at the same step."""
+NOT_LEARNING = (
+    "the model tells no caption from another. Try a lower lr, a longer warm-up (warmup_steps), "
+    "grad_clip, or look whether the captions belong to the images (docs/running.md)"
+)
 
 
 class Step(NamedTuple):
@@ -63,6 +74,12 @@ class Log:
         self.data_wait = 0.0  # seconds
         self.save_wait = 0.0
 
+        # mbcl of the last reports, once it should be below chance.
+        steps_after_warmup = max(0, t.total_steps - c.warmup_steps)
+        self.look_from = c.warmup_steps + min(steps_after_warmup // 2, LOOK_AFTER)
+        self.recent_mbcl = deque(maxlen=LOOK_AT)
+        self.has_warned = False
+
         self.flops = t.flops()
         self.peak_flops = peak_flops(t.dtype, t.device)
         self.bar = None
@@ -83,9 +100,10 @@ class Log:
         """On rank 0: the resolved config, metrics.jsonl, the progress bar; TensorBoard, W&B."""
         c = self.config
         t = self.t
-        os.makedirs(c.out_dir, exist_ok=True)
-        with open(os.path.join(c.out_dir, "config.py"), "w") as f:
-            f.write(configs.as_text(c))
+        with configs.writing_to(c.out_dir):
+            os.makedirs(c.out_dir, exist_ok=True)
+            write_config(c, step)
+            self.file = MetricsFile(os.path.join(c.out_dir, "metrics.jsonl"), step)
 
         parameters = sum(p.numel() for p in t.model.parameters())
         print(
@@ -96,7 +114,10 @@ class Log:
             flush=True,
         )
 
-        self.file = MetricsFile(os.path.join(c.out_dir, "metrics.jsonl"), step)
+        warning = c.long_warmup(t.total_steps)
+        if warning and step < c.warmup_steps:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
         self.bar = tqdm(
             total=t.total_steps,
             initial=step,
@@ -208,8 +229,8 @@ class Log:
         num_bad = sum(bad.values())
         if num_bad > max(10, MAX_BAD * samples):
             raise BadRun(
-                f"{num_bad} of {samples} samples are bad: {dict(bad)}; look at the data "
-                "(python -m ingest.index --verify ...)"
+                f"{num_bad} of {samples} samples are bad: {dict(bad)}; look at the data: "
+                f"{verify_command(self.config)}"
             )
         if self.skipped > max(10, MAX_BAD * self.seen):
             raise BadRun(
@@ -242,6 +263,7 @@ class Log:
         self.write(row)
         if dist.rank() == 0:
             self.show(row)
+            self.look_at_mbcl(row)
 
     def metrics(self, step, bad):
         """A row of metrics.jsonl: means over the window, present values of what is scheduled."""
@@ -281,7 +303,7 @@ class Log:
     def show(self, row):
         """The progress line: on a terminal in place, elsewhere a printed line now and then."""
         step = row["step"]
-        line = progress_line(row)
+        line = progress_line(row, self.chance())
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(line)
 
@@ -293,6 +315,29 @@ class Log:
             left = duration((self.t.total_steps - step) / steps_per_second)
             print(f"step {step}/{self.t.total_steps}  {line}  {left} left", flush=True)
             self.printed_at = now
+
+    def chance(self):
+        """The in-batch loss of features that know nothing: all captions are equally probable."""
+        return math.log(self.config.batch_size)
+
+    def look_at_mbcl(self, row):
+        """Warn once, some time after the warm-up, if the in-batch loss is still at chance."""
+        if row["step"] < self.look_from:
+            return
+        self.recent_mbcl.append(row["mbcl"])
+        warning = self.not_learning()
+        if warning and not self.has_warned:
+            self.has_warned = True
+            tqdm.write(f"warning: step {row['step']}: {warning}", file=sys.stderr)
+
+    def not_learning(self):
+        """-> a sentence if the in-batch loss of the last reports is at chance, otherwise ""."""
+        if not self.recent_mbcl:
+            return ""
+        mbcl = sum(self.recent_mbcl) / len(self.recent_mbcl)
+        if not mbcl >= CHANCE_SHARE * self.chance():  # it may be nan
+            return ""
+        return f"mbcl {mbcl:.3f} is at chance ({self.chance():.3f}): {NOT_LEARNING}"
 
     def evaluation(self, step, results):
         """Note the results of an evaluation, {name: value}."""
@@ -328,10 +373,9 @@ class Log:
         """The last word of a job that ends before its run does."""
         if dist.rank() == 0:
             self.close()
-            print(
+            self.say_last(
                 f"stopped after step {step} of {self.t.total_steps} ({reason}); it is saved: "
-                "continue with --resume=auto",
-                flush=True,
+                "continue with --resume=auto"
             )
 
     def finish(self):
@@ -345,13 +389,47 @@ class Log:
         except Exception as error:
             # The run is saved: it must not count as failed for want of a picture.
             curves = f"the curves could not be drawn: {type(error).__name__}: {error}"
-        print(f"done in {duration(time.monotonic() - self.start)}; {curves}", flush=True)
+
+        total = self.t.total_steps
+        took = f"done in {duration(time.monotonic() - self.start)}"
+        if self.start_step == total:
+            took = f"already at step {total} of {total}: nothing was left to train"
+        self.say_last(f"{took}; {curves}")
+
+    def say_last(self, text):
+        """Print the last words of this job. That nothing is learned belongs to them."""
+        warning = self.not_learning()
+        print(f"{text}. But {warning}" if warning else text, flush=True)
 
     def close(self):
         self.bar.close()
         self.file.close()
         if self.board:
             self.board.close()
+
+
+def write_config(config, step):
+    """Write the resolved config to the run's folder.
+
+    Another one that is there, with which the run came to this step, is kept beside it.
+    """
+    path = os.path.join(config.out_dir, "config.py")
+    old_path = os.path.join(config.out_dir, f"config-until-step-{step}.py")
+    text = configs.as_text(config)
+    if step > 0 and os.path.exists(path) and not os.path.exists(old_path):
+        with open(path) as f:
+            differs = settings_of_run(f.read()) != settings_of_run(text)
+        if differs:
+            os.rename(path, old_path)
+
+    with open(path, "w") as f:
+        f.write(text)
+
+
+def settings_of_run(text):
+    """The lines of a resolved config, without those that may differ from job to job."""
+    lines = text.splitlines()
+    return [line for line in lines if line.partition(" = ")[0] not in configs.JOB_KEYS]
 
 
 class MetricsFile:
@@ -422,12 +500,12 @@ def is_row_until(line, step):
         return False
 
 
-def progress_line(row):
-    """A row of metrics -> the words of the progress line."""
+def progress_line(row, chance):
+    """A row of metrics -> the words of the progress line. chance: mbcl when nothing is learned."""
     speed = row["samples_per_second"]
     parts = [
         f"objective {row['objective']:.4f}",
-        f"mbcl {row['mbcl']:.3f}",
+        f"mbcl {row['mbcl']:.3f} (chance {chance:.3f})",
         f"tau {row['tau']:.4f}",
         f"gamma {row['gamma']:.4g}",
         f"lr {row['lr']:.1e}",
@@ -456,6 +534,22 @@ def duration(seconds):
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds:02d} s"
+
+
+def verify_command(config):
+    """The command line that looks at every sample of the training data."""
+    words = ["python", "-m", "ingest.index", "--verify", *config.train_data]
+    if config.caption_key:
+        words += ["--caption_key", config.caption_key]
+    return shlex.join(words)
+
+
+def check_packages(config):
+    """ConfigError if the config asks for a logger that is not installed. Here it costs nothing."""
+    if config.tensorboard:
+        import_optional("torch.utils.tensorboard", "tensorboard")
+    if config.wandb:
+        import_optional("wandb", "wandb")
 
 
 def import_optional(module, package):

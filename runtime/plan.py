@@ -53,8 +53,11 @@ def report(c):
     usable = usable_ranks(c, run)
     known_speeds = speeds(c, run)
 
-    lines = [
-        *summary(c, run),
+    lines = summary(c, run)
+    warning = c.long_warmup(run.total_steps)
+    if warning:
+        lines.append(f"warning      {warning}")
+    lines += [
         *duration(c, run, known_speeds),
         "",
         "per rank, on so many ranks; bytes sent per step (ring algorithms)",
@@ -135,7 +138,12 @@ def count_samples(c):
     if c.train_samples:
         return c.train_samples, "train_samples in the config"
     if c.train_data:
-        index = load_index(c.train_data, c.caption_key, count_remote=c.index_remote)
+        index = load_index(
+            c.train_data,
+            c.caption_key,
+            count_remote=c.index_remote,
+            allow_left_out=c.allow_left_out,
+        )
         return index.num_samples, "the index of the shards"
     raise ConfigError(
         "plan needs the number of samples: give train_samples, or train_data that is at hand"

@@ -168,8 +168,7 @@ def draw_found(rows, path):
 
 def draw_text(axis, text, families):
     """A text on up to four lines, in place of an axis. families: names of fonts."""
-    # Chinese characters, for example, are twice as wide.
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    wide = sum(is_wide(character) for character in text)
     width = 32 * len(text) // (len(text) + wide) if text else 32
     lines = textwrap.fill(text, width, max_lines=4, placeholder=" ...")
 
@@ -178,6 +177,11 @@ def draw_text(axis, text, families):
         0.95, 0.5, lines, va="center", ha="right", fontsize=10, family=families, parse_math=False
     )
     axis.axis("off")
+
+
+def is_wide(character):
+    """Whether a character takes the space of two, as Chinese ones do."""
+    return character == MISSING or unicodedata.east_asian_width(character) in "WF"
 
 
 # ---- text in any script ----
@@ -205,8 +209,8 @@ def drawable(texts):
     packages = sorted({package_for(character) for character in missing} - {""})
     if packages:
         print(
-            f"{len(missing)} characters are in no installed font and missing from the picture: "
-            f"install the package {' and '.join(packages)} (names as in Debian and Ubuntu)",
+            f"the picture lacks characters that no installed font has: install "
+            f"{' and '.join(packages)} (packages of Debian and Ubuntu)",
             flush=True,
         )
     return texts, families

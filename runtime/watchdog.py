@@ -25,7 +25,7 @@ import time
 import torch.distributed as c10d
 
 import dist
-from config import ConfigError
+from config import BadRun, ConfigError
 
 # Seconds without a heartbeat after which a rank counts as dead; at most half of the timeout.
 SILENCE = 30.0
@@ -218,8 +218,8 @@ class Watchdog:
         # From here on this rank reports its own failure, not one that it reads in the store.
         self.stopped.set()
         message = f"{type(error).__name__}: {error}"
-        # The command line shows a ConfigError itself, in one line.
-        if not isinstance(error, ConfigError):
+        # The command line shows these itself, in one line.
+        if not isinstance(error, (ConfigError, BadRun)):
             complain(f"rank {dist.rank()}, {self.where}: {message}")
         self.post(f"rank {dist.rank()} failed at {self.where}: {message}")
 

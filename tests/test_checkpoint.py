@@ -113,7 +113,7 @@ def test_nonfinite_weights_are_not_saved(tmp_path):
         "0.bias is not finite after step 2, which is not saved. "
         "The newest good checkpoint is .*step-00000001"
     )
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(config.BadRun, match=message):
         run.saver.save(2, {})
 
 
@@ -239,10 +239,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(three_checkpoi
     ],
     ids=["empty", "garbage", "older", "removed"],
 )
-def test_latest_may_be_damaged(three_checkpoints, content, expected):
-    """A newer checkpoint than `latest` names is not used: its save had not ended."""
+def test_latest_may_be_damaged(three_checkpoints, content, expected, capsys):
+    """A newer checkpoint than `latest` names is not used: its save had not ended. This is said."""
     write_or_remove(three_checkpoints / "checkpoints" / "latest", content)
     assert newest_checkpoint(str(three_checkpoints)) == expected
+    printed = capsys.readouterr().err
+    if content == b"step-00000002":
+        assert "step-00000003 is not used: it is later than step-00000002" in printed
+    else:
+        assert "latest names no checkpoint" in printed
 
 
 def test_damage_to_all_checkpoints_or_to_the_one_asked_for_is_refused(three_checkpoints):
@@ -404,7 +409,7 @@ def test_a_full_disk_costs_one_checkpoint(small_disk, sets, monkeypatch, capsys)
     # If the last save of a run fails, the run fails.
     disk.fail_at_save(1)
     settings.update(max_steps=16, save_steps=20)
-    with pytest.raises(RuntimeError, match="the last checkpoint could not be saved"):
+    with pytest.raises(config.BadRun, match="the last checkpoint could not be saved"):
         train(out, sets, **settings, resume="auto")
     assert newest_checkpoint(out) == "step-00000012"
 
@@ -445,7 +450,16 @@ def test_a_full_disk_and_nan_with_two_ranks(tmp_path, sets, capfd):
     assert newest_checkpoint(nan) == "step-00000004"
 
 
-# ---- two runs ----
+# ---- an out_dir that cannot be used, and two runs ----
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "/proc/run"])
+def test_an_out_dir_that_cannot_be_made_is_refused_with_the_reason(tmp_path, sets, name):
+    """/proc stands for what cannot be written: it takes no file of root's, either."""
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / name)
+    reason = "No such file" if name.startswith("/proc") else "Not a directory"
+    refused(f"out_dir = {out!r} cannot be written: {reason}", out_dir=out, **sets)
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path, sets):

@@ -1,6 +1,8 @@
 """config.py: types, nearest names, files that start from another, and every config in configs/."""
 
+import glob
 import os
+import re
 
 import pytest
 
@@ -56,7 +58,18 @@ def test_the_papers_figures():
         (["--batch_size=1.5"], "batch_size = 1.5 is of type float; it must be int"),
         (["--compile=1"], "must be True or False or 'auto'"),
         (["--lr"], "write --key=value"),
-        (["no_such.py"], "no config file 'no_such.py'"),
+        (["--lr", "1e-3"], "write --key=value, here --lr=1e-3"),
+        (["--train-data=a.tar"], "write --key=value, here --train_data=a.tar"),
+        (["--resume_changes"], "write --key=value, here --resume_changes=True"),
+        (["--no-such", "3"], "unknown key 'no_such'"),
+        (["--batch-size", "64"], "--batch_size=N, the batch of all ranks together"),
+        (["--imagenet-val", "folder"], "Here: --eval_data="),
+        (["--fastclip"], "Here: --algorithm="),
+        (["--precision=amp_bf16"], "did you mean 'bf16'"),
+        (["no_such.py"], "no config file 'no_such.py'; there are some in .*configs/"),
+        (["nope.py"], "no config file 'nope.py'; there are some in .*configs/"),
+        (["emoji_v3"], "did you mean '.*configs/emoji_v3.py'"),
+        (["configs/emojiv3.py"], "did you mean '.*configs/emoji_v3.py'"),
         (["--batch_size=10", "--lanes=4"], "lanes = 4 does not divide batch_size = 10"),
         (["--gamma_min=0"], r"gamma_min = 0.0 must lie in \(0, 1\]"),
         (["--batch_size=1"], "no negatives"),
@@ -69,6 +82,13 @@ def test_the_papers_figures():
 def test_bad_settings_are_refused_with_a_word(words, message):
     with pytest.raises(ConfigError, match=message):
         config.load(words)
+
+
+def test_the_words_of_other_programs_name_keys_of_ours():
+    named = re.findall(r"--(\w+)=", " ".join(config.OTHER_WORDS.values()))
+    assert len(named) > 20
+    assert not set(named) - set(config.HINTS)
+    assert not set(config.OTHER_WORDS) & set(config.HINTS)
 
 
 def test_a_file_starts_from_another_and_the_command_line_comes_last(tmp_path):
@@ -109,8 +129,12 @@ def test_help_lists_every_key():
 LAYERS = [  # from the bottom; a name without a dot stands for all files of a folder
     {"config"},
     {"dist"},
-    {"ingest.urls", "ingest.images", "ingest.tokenizer"},
+    {"ingest.images", "ingest.tokenizer"},
+    {"ingest.folders"},
+    {"ingest.urls"},
+    {"ingest.left_out"},
     {"ingest.tar"},
+    {"ingest.counting"},
     {"ingest.index"},
     {"ingest.reader"},
     {"ingest.workers"},
@@ -166,3 +190,30 @@ def test_the_maps_of_files_are_complete():
         folder, _, file = name.rpartition(".")
         if folder in ("", "runtime", "ingest", "bench") and not file.startswith("__"):
             assert f"`{file}.py`" in (files if folder else readme), f"{name} is in no map"
+
+
+def test_the_tests_that_the_table_of_faults_names_exist():
+    """Each row of docs/reliability.md names, in its last column, the tests that show it."""
+    sources = ""
+    for path in glob.glob(os.path.join(ROOT, "tests", "*.py")):
+        with open(path) as f:
+            sources += f.read()
+    with open(os.path.join(ROOT, "docs", "reliability.md")) as f:
+        rows = [line.strip() for line in f if line.startswith("| ")]
+
+    named = 0
+    for row in rows:
+        shown_by = row.rstrip("| ").rpartition("|")[2]
+        for name in re.findall(r"`([a-z0-9_]+)`", shown_by):
+            assert f"def test_{name}(" in sources, row
+            named += 1
+    assert named > 60
+
+
+def test_ctrl_c_leaves_no_traceback():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        config.or_exit(interrupted)
+    assert end.value.code == 130

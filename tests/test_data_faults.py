@@ -11,6 +11,8 @@ import random
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import zlib
@@ -23,10 +25,11 @@ from PIL import Image
 
 import data
 from config import ConfigError
-from helpers import equal
+from helpers import equal, refused
 from ingest import evaluation, images
 from ingest import tar as tar_files
-from ingest.index import Index, count_samples, load_index
+from ingest.counting import count_samples
+from ingest.index import Index, load_index
 from ingest.reader import Reader, ShardError
 from ingest.tar import MAX_CHARACTERS, usable_samples
 from ingest.urls import expand
@@ -81,7 +84,9 @@ def memory():
 
 
 def count_file(path, kinds=("txt",)):
-    return count_samples(str(path), kinds, verify=False, caption_key="")
+    """-> (usable samples, {"EXTENSION REASON": number} of what looks like one and is none)."""
+    count, left_out, _ = count_samples(str(path), kinds, verify=False, caption_key="")
+    return count, left_out
 
 
 def is_running(text):
@@ -339,8 +344,8 @@ def test_classes_that_are_no_numbers():
     "names, expected, left_out",
     [
         (("1.jpg", "1.txt", "1.jpg", "1.txt"), [1, 2], {}),
-        (("1.jpg", "1.jpg", "1.txt"), [2], {"no caption": 1}),
-        (("1.jpg", "1.txt", "1.txt"), [1], {"no image": 1}),
+        (("1.jpg", "1.jpg", "1.txt"), [2], {"jpg without caption": 1}),
+        (("1.jpg", "1.txt", "1.txt"), [1], {"txt without image": 1}),
         (("1.jpg", "1.txt", "2.jpg", "2.txt", "1.jpg", "1.txt"), [1, 2, 3], {}),
     ],
 )
@@ -354,24 +359,180 @@ def test_a_repeated_name_begins_another_sample(tmp_path, names, expected, left_o
     path = write_tar(tmp_path / "x.tar", files)
     assert count_file(path) == (len(expected), left_out)
 
-    index = load_index(path)
+    index = load_index(path, allow_left_out=0.5)
     assert index.num_samples == len(expected)
     reader = Reader(index)
     read = [number_of(images.decode(reader.read(i))) for i in range(len(expected))]
     assert read == expected
 
 
-def test_what_is_left_out_is_said_once(tmp_path, capsys):
-    without_text = {"txt": None}
+def test_what_is_left_out_is_said_at_each_start(tmp_path, capsys):
+    without_text = {"txt": None, "json": None}
     without_image = {"jpg": None, "png": None, "webp": None}
-    pattern = write_shards(tmp_path, (8, 8), s1=without_text, s9=without_text, s3=without_image)
-    assert load_index(pattern).num_samples == 13
-    assert capsys.readouterr().err.count("left out: 2 no caption, 1 no image\n") == 1
-    assert load_index(pattern).num_samples == 13
-    assert "left out" not in capsys.readouterr().err
+    pattern = write_shards(tmp_path, (8, 8), s3=without_text, s9=without_text, s1=without_image)
+    expected = f"left out of {pattern}: 2 jpg without caption, 1 txt without image\n"
+    for _ in range(2):
+        index = load_index(pattern, allow_left_out=0.2)
+        assert index.num_samples == 13
+        assert index.left_out.total() == 3
+        assert capsys.readouterr().err.count(expected) == 1
 
 
-def test_damaged_shards_are_all_named(tmp_path):
+def test_a_set_of_which_too_much_is_left_out_is_refused_at_each_start(tmp_path):
+    changes = {f"s{number}": {"txt": None, "json": None} for number in (0, 3, 6)}
+    pattern = write_shards(tmp_path, (8, 8), **changes)
+    for _ in range(2):
+        with pytest.raises(ConfigError) as error:
+            load_index(pattern)
+        lines = str(error.value).split("\n  ")
+        assert "3 of 16 samples (18.8%) would be left out, more than allow_left_out = 0" in lines[0]
+        assert lines[1].startswith("3 jpg without caption: add it")
+        assert lines[2].endswith("--allow_left_out=0.19")
+        assert not (tmp_path / "index.json").exists()
+
+    assert load_index(pattern, allow_left_out=0.19).num_samples == 13
+    with pytest.raises(ConfigError, match="3 of 16 samples"):
+        load_index(pattern)
+
+
+def test_a_run_refuses_a_set_of_which_too_much_is_left_out(tmp_path):
+    changes = {f"s{number}": {"txt": None, "json": None} for number in (0, 3, 6)}
+    settings = {
+        "train_data": write_shards(tmp_path / "a", (16,), **changes),
+        "out_dir": str(tmp_path / "run"),
+    }
+    refused("3 of 16 samples", "--allow_left_out=0.19", **settings)
+    refused("3 of 16 samples", plan=True, **settings)
+    refused("batch_size", allow_left_out=0.19, **settings)
+
+    good = write_shards(tmp_path / "b", (64,))
+    evaluated = dict(train_data=good, eval_data=settings["train_data"], out_dir=str(tmp_path / "x"))
+    refused("3 of 16 samples", **evaluated)
+    assert sorted(os.listdir(tmp_path / "a")) == ["00000.tar", "index.json"]
+
+
+NAMES_LEFT_OUT = [
+    (["1.svg", "1.txt"], {"svg of a kind that is not read": 1}),
+    (["1.gif"], {"gif of a kind that is not read": 1}),
+    (["1.svg", "1.png", "1.txt"], {}),
+    (["1.jpg", "1.json"], {"jpg with KEY.json but without KEY.txt": 1}),
+    (["1.json", "2.wav"], {}),
+    (["a.b.jpg", "a.b.txt", "a.c.jpg", "a.c.txt"], {"jpg with a dot in the name": 2}),
+    (["a.jpg", "a.txt", "a.b.png", "a.b.txt"], {"png with a dot in the name": 1}),
+    (["a.jpg", "a.txt", "a.seg.png"], {}),
+]
+
+
+@pytest.mark.parametrize("names, expected", NAMES_LEFT_OUT, ids=str)
+def test_what_looks_like_a_sample(tmp_path, names, expected):
+    files = [("0.jpg", b""), ("0.txt", b""), *((name, b"") for name in names)]
+    _, left_out = count_file(write_tar(tmp_path / "x.tar", files))
+    assert left_out == expected
+
+
+def test_a_caption_of_the_other_kind(tmp_path):
+    files = [("0.jpg", b""), ("0.json", b""), ("1.jpg", b""), ("1.txt", b"")]
+    _, left_out = count_file(write_tar(tmp_path / "x.tar", files), ("json",))
+    assert left_out == {"jpg with KEY.txt but without KEY.json": 1}
+
+
+def test_an_index_without_numbers_of_what_is_left_out_is_valid(tmp_path):
+    """As earlier versions wrote them."""
+    pattern = write_shards(tmp_path, (4,), s0={"txt": None, "json": None})
+    load_index(pattern, allow_left_out=0.3)
+    with open(tmp_path / "index.json") as f:
+        stored = json.load(f)
+    assert stored["shards"]["00000.tar"].pop("txt left out") == {"jpg without caption": 1}
+
+    (tmp_path / "index.json").write_text(json.dumps(stored))
+    assert load_index(pattern).num_samples == 3
+
+
+# ---- shards whose files are in no order ----
+
+
+def write_scattered(path, number=6):
+    """A tar as plain `tar -cf` makes it of a folder: captions and images in any order."""
+    files = []
+    for i in range(number):
+        files += sample(i)
+    random.Random(1).shuffle(files)
+    return write_tar(path, files)
+
+
+@pytest.mark.parametrize("scheme", ["", "pipe:cat "])
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"evaluation": True}], ids=str)
+def test_a_shard_whose_files_are_scattered_is_refused(tmp_path, scheme, options):
+    """However much may be left out."""
+    url = scheme + write_scattered(tmp_path / "x.tar")
+    match = r"x.tar holds image and caption of \d samples apart .*tar --sort=name -cf NEW.tar"
+    with pytest.raises(ConfigError, match=match):
+        load_index(url, count_remote=True, allow_left_out=1, **options)
+
+
+def test_the_number_of_torn_samples(tmp_path):
+    names = ["0.jpg", "0.txt", "1.jpg", "2.txt", "3.jpg", "2.jpg", "1.txt", "4.txt"]
+    path = write_tar(tmp_path / "x.tar", [(name, b"") for name in names])
+    with pytest.raises(ConfigError, match="image and caption of 2 samples apart"):
+        load_index(path)
+
+
+def test_a_scattered_shard_packed_again_as_the_message_says(tmp_path):
+    path = write_scattered(tmp_path / "x.tar")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    with pytest.raises(ConfigError) as error:
+        load_index(path)
+    unpack, pack = str(error.value).split("pack it again: ")[1].split(", then ")
+    for command in (unpack, pack):
+        command = command.replace("FOLDER", str(folder)).replace("NEW", str(tmp_path / "new"))
+        subprocess.run(command, shell=True, check=True)
+    assert load_index(str(tmp_path / "new.tar")).num_samples == 6
+
+
+# ---- indexing that is ended before its end ----
+
+
+KILLED_AT_THE_THIRD_SHARD = """
+import os
+import sys
+from ingest import counting, index
+
+def slow_count(self, pattern, todo):
+    for number, result in enumerate(count(self, pattern, todo)):
+        if number == 2:
+            os.kill(os.getpid(), 9)
+        yield result
+
+count = counting.ShardCounter.count
+counting.ShardCounter.count = slow_count
+index.SAVE_SECONDS = 0
+index.load_index(sys.argv[1])
+"""
+
+
+def test_indexing_that_is_killed_goes_on_where_it_was(tmp_path, own_cache, monkeypatch, capsys):
+    """Nothing is written beside the shards before the end."""
+    pattern = write_shards(tmp_path / "a", (2, 3, 4, 5))
+    command = [sys.executable, "-c", KILLED_AT_THE_THIRD_SHARD, pattern]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert not (tmp_path / "a" / "index.json").exists()
+
+    counted = []
+
+    def count(url, **options):
+        counted.append(os.path.basename(url))
+        return count_samples(url, **options)
+
+    monkeypatch.setattr("ingest.counting.count_samples", count)
+    assert load_index(pattern).counts.tolist() == [2, 3, 4, 5]
+    assert sorted(counted) == ["00002.tar", "00003.tar"]
+    assert capsys.readouterr().err.count("index written: ") == 1
+    assert (tmp_path / "a" / "index.json").exists()
+    assert os.listdir(own_cache) == []
+
+
+def test_damaged_shards_are_all_named(tmp_path, own_cache):
     pattern = write_shards(tmp_path, (2,) * 16)
     sizes = {number: 0 if number % 2 else 700 for number in range(3, 15)}
     for number, size in sizes.items():
@@ -386,9 +547,10 @@ def test_damaged_shards_are_all_named(tmp_path):
     for line, (number, size) in zip(named, sizes.items()):
         assert f"{number:05d}.tar ({size} bytes) is unreadable or damaged" in line
 
-    # The good ones are kept.
-    with open(tmp_path / "index.json") as f:
-        shards = json.load(f)["shards"]
+    # The good ones are kept, but not among the user's data.
+    assert not (tmp_path / "index.json").exists()
+    (draft,) = own_cache.glob("*.json")
+    shards = json.loads(draft.read_text())["shards"]
     counted = [name for name, entry in shards.items() if "txt" in entry]
     assert counted == [f"{number:05d}.tar" for number in (0, 1, 2, 15)]
 
@@ -402,7 +564,7 @@ def test_a_single_damaged_shard_is_named(tmp_path):
 
 
 def test_many_damaged_shards_end_the_indexing(tmp_path, monkeypatch):
-    monkeypatch.setattr("ingest.index.MAX_DAMAGED", 20)
+    monkeypatch.setattr("ingest.counting.MAX_DAMAGED", 20)
     for number in range(60):
         (tmp_path / f"{number:05d}.tar").touch()
     with pytest.raises(ConfigError, match="\n  and 10 more, at least$"):
@@ -694,7 +856,8 @@ def test_names_do_not_move_the_cursor(tmp_path, capsys):
     key = "\x1b[2J\udcff"
     path = tmp_path / "x.tar"
     path.write_bytes(header_of(f"{key}.jpg", 0) + header_of(f"{key}.txt", 0) + bytes(1024))
-    assert load_index(str(path), verify=True).num_samples == 1
+    with pytest.raises(ConfigError, match="1 of 1 samples cannot be used: {'corrupt image': 1}"):
+        load_index(str(path), verify=True)
     assert r"x.tar '\x1b[2J\udcff': corrupt image" in capsys.readouterr().out
 
     path.write_bytes(header_of(f"0.{key}", 0) + header_of("0.txt", 0) + bytes(1024))
@@ -708,7 +871,7 @@ def test_sparse_files_are_passed_over(tmp_path):
     content += header_of("9.jpg", 0, tarfile.GNUTYPE_SPARSE, realsize=b"%011o\0" % 50_000_000)
     content += entry_of("9.txt", b"9")
     (tmp_path / "x.tar").write_bytes(content + bytes(1024))
-    assert count_file(tmp_path / "x.tar") == (1, {"no image": 1})
+    assert count_file(tmp_path / "x.tar") == (1, {"txt without image": 1})
 
 
 REASONS = {
@@ -721,7 +884,7 @@ REASONS = {
 }
 
 
-def bounded(url, count, index_path, seconds=20, **options):
+def bounded(url, count, index_path, seconds=20, verify=False):
     """Read a shard by its index, and by one that says `count` -> "read" or "refused".
 
     Whatever else happens, another exception, another reason or too long a time, is a failure.
@@ -731,7 +894,8 @@ def bounded(url, count, index_path, seconds=20, **options):
         raise AssertionError(f"{url}: {seconds} s have passed")
 
     def counted():
-        return load_index(url, path=index_path, count_remote=True, **options)
+        options = dict(path=index_path, count_remote=True, allow_left_out=1, verify=verify)
+        return load_index(url, **options)
 
     def claimed():
         return Index([url], np.array([count]), ("txt",))
@@ -812,14 +976,14 @@ def test_nothing_is_written_and_no_link_followed(tmp_path):
     before = files_below(tmp_path)
     index_path = str(tmp_path / "index.json")
     for url in (path, f"pipe:cat {path}"):
-        index = load_index(url, path=index_path, count_remote=True)
+        index = load_index(url, path=index_path, count_remote=True, allow_left_out=0.5)
         assert index.num_samples == 6
         assert read_all(index) == (list(range(6)), {})
         reader = Reader(index)
         for i in range(6):
             assert tar_files.captions(reader.read(i), "") == [CODE]
         _, left_out = count_file(url)
-        assert left_out == {"no caption": 6}
+        assert left_out == {"jpg without caption": 6}
     os.remove(index_path)
     assert files_below(tmp_path) == before
     assert not os.path.exists("bad")
@@ -913,7 +1077,7 @@ def test_damaged_shards_at_random(tmp_path, monkeypatch):
     memory."""
     monkeypatch.setattr("ingest.reader.BACK_OFF", ())
     monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)
-    monkeypatch.setattr("ingest.index.tqdm", lambda results, *_, **__: results)
+    monkeypatch.setattr("ingest.counting.tqdm", lambda results, *_, **__: results)
     formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
     originals = [good_tar(tmp_path / "good.tar", format) for format in formats]
 

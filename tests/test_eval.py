@@ -1,5 +1,6 @@
 """eval.py and ingest/evaluation.py: reading evaluation sets, zero-shot accuracy, retrieval."""
 
+import hashlib
 import json
 import os
 import tarfile
@@ -9,15 +10,18 @@ import torch
 from torchvision.io import encode_png
 
 import config
+import dist
 import eval as evaluation
+import ingest.evaluation
 import model as models
 import shapes
 from config import ConfigError
 from helpers import TINY, refused, run_ranks, train, words_of
 from ingest import images
-from ingest.evaluation import check, evaluation_sample, read_samples
+from ingest.evaluation import check, evaluation_sample, read_images, read_samples
 from ingest.index import load_index
 from ingest.tar import captions
+from runtime.ranks import Interrupted
 from samples import N, number_of, picture, sample, write_shards, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchVision are:DeprecationWarning")
@@ -28,13 +32,16 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def evaluate(pattern, out_dir, **settings):
-    """evaluate() of an untrained tiny model, always the same one, on a set -> its results."""
+def evaluate(pattern, out_dir, options=None, **settings):
+    """evaluate() of an untrained tiny model, always the same one, on a set -> its results.
+
+    options: more arguments of evaluate(), a dict.
+    """
     words = words_of(**{**TINY, "eval_data": pattern, "out_dir": out_dir, **settings})
     c = config.load(words)
     torch.manual_seed(0)
     model = models.create(c.model, c.tau_init, **c.model_numbers())
-    return evaluation.evaluate(model, c, torch.device("cpu"), picture=True)
+    return evaluation.evaluate(model, c, torch.device("cpu"), picture=True, **(options or {}))
 
 
 def written(out_dir):
@@ -169,6 +176,113 @@ def test_more_ranks_than_samples_give_the_same_retrieval(tmp_path):
     assert written(tmp_path / "four") == written(tmp_path / "alone")
 
 
+# ---- an evaluation that is stopped, and what it shows ----
+
+
+def stopped_and_whole(pattern, out_dir, requests):
+    """Evaluate for each request, and once more -> (interrupted, files, results, indexed).
+
+    requests: (rank that is asked to stop, words in its line of progress at which it is asked).
+    interrupted: for each request, whether the evaluation ended by Interrupted on this rank.
+    files: those of out_dir after the requests. indexed: how often this rank has made the index.
+    """
+    make_index = ingest.evaluation.load_index
+    indexed = []
+
+    def counted_load_index(*args, **options):
+        indexed.append(args)
+        return make_index(*args, **options)
+
+    ingest.evaluation.load_index = counted_load_index
+
+    interrupted = [is_interrupted(pattern, out_dir, *request) for request in requests]
+    files = os.listdir(out_dir) if os.path.exists(out_dir) else []
+    results = evaluate(pattern, out_dir, eval_batch=1)
+    return interrupted, files, results, len(indexed)
+
+
+def is_interrupted(pattern, out_dir, rank, words):
+    """Whether an evaluation of which `rank` is asked to stop at `words` ends by Interrupted."""
+    lines = []
+
+    def stop():
+        return dist.rank() == rank and any(words in line for line in lines)
+
+    try:
+        evaluate(pattern, out_dir, dict(progress=lines.append, stop=stop), eval_batch=1)
+    except Interrupted:
+        return True
+    return False
+
+
+def test_all_ranks_leave_an_evaluation_when_one_is_asked_to_stop(tmp_path):
+    """Five images on two ranks: one has three batches, the other two, and waits."""
+    pattern = write_tar(tmp_path / "0.tar", [file for n in range(5) for file in sample(n)])
+    alone = evaluate(pattern, str(tmp_path / "alone"))
+    requests = [
+        (1, "0 of 5 images"),
+        (0, "4 of 5 images"),  # after its last batch
+        (1, "2 of 5 texts"),
+        (0, "0 of 5 images for the picture"),
+    ]
+    out_dir = str(tmp_path / "two")
+    first, second = run_ranks(2, stopped_and_whole, pattern, out_dir, requests)
+
+    interrupted, files, results, indexed = first
+    assert interrupted == [True] * len(requests)
+    assert files == []
+    assert results == alone
+    assert indexed == len(requests) + 1
+    assert second == (interrupted, files, results, 0)  # the index is made once, not by each rank
+
+
+def test_progress_is_shown(tmp_path, monkeypatch, capsys):
+    """In lines where there is no terminal, else as a bar."""
+    pattern = write_tar(tmp_path / "0.tar", [file for n in range(5) for file in sample(n)])
+    evaluate(pattern, str(tmp_path / "a"))
+    assert "evaluating" not in capsys.readouterr().out  # it takes less than 10 seconds
+
+    monkeypatch.setattr(evaluation, "PRINT_SECONDS", -1)
+    evaluate(pattern, str(tmp_path / "a"), eval_batch=2)
+    out, err = capsys.readouterr()
+    for line in ("2 of 5 images", "5 of 5 images", "4 of 5 texts", "5 of 5 images for the picture"):
+        assert f"evaluating: {line}\n" in out
+    assert "evaluating" not in err
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    evaluate(pattern, str(tmp_path / "a"), eval_batch=2)
+    out, err = capsys.readouterr()
+    assert "evaluating" not in out
+    assert "evaluating, images" in err
+
+
+def read_files(folder):
+    return {name: (folder / name).read_bytes() for name in ("eval.json", "retrieval.png")}
+
+
+@pytest.mark.parametrize("function", ["json.dump", "runtime.plots.draw_found"])
+def test_files_of_an_evaluation_are_never_half_written(tmp_path, monkeypatch, capsys, function):
+    """On a full disk the old ones stay. Without eval.json it counts as failed."""
+
+    def full_disk(content, file, **options):
+        with open(getattr(file, "name", file), "w") as f:
+            f.write("half")
+        raise OSError(28, "No space left on device")
+
+    pattern = write_tar(tmp_path / "0.tar", sample(0) + sample(1))
+    results = evaluate(pattern, str(tmp_path / "run"))
+    before = read_files(tmp_path / "run")
+
+    monkeypatch.setattr(function, full_disk)
+    if function == "json.dump":
+        with pytest.raises(ConfigError, match="eval.json cannot be written: No space left"):
+            evaluate(pattern, str(tmp_path / "run"))
+    else:
+        assert evaluate(pattern, str(tmp_path / "run")) == results
+        assert "retrieval.png could not be drawn: OSError" in capsys.readouterr().out
+    assert read_files(tmp_path / "run") == before
+
+
 # ---- reading a set ----
 
 
@@ -195,6 +309,23 @@ def test_each_sample_is_read_once(tmp_path, ranks, workers):
     image, _, _ = evaluation_sample(files, 24, "")
     assert torch.equal(read[1], image)
     assert images.decode(files).shape == (3, 31, 40)  # larger than what is read
+
+
+def test_only_the_images_of_the_picture_are_read_again(tmp_path, monkeypatch):
+    decode = ingest.evaluation.evaluation_image
+    decoded = []
+
+    def counted(files, size):
+        decoded.append(files)
+        return decode(files, size)
+
+    monkeypatch.setattr(ingest.evaluation, "evaluation_image", counted)
+    index = load_index(write_shards(tmp_path / "shards"), evaluation=True)
+    found = dict(read_images(index, 24, [0, 7, 8, 30, N - 1]))
+    assert {position: number_of(image) for position, image in found.items()} == {
+        position: position for position in (0, 7, 8, 30, N - 1)
+    }
+    assert len(decoded) == 5
 
 
 def test_classes_and_captions_are_read_and_bad_samples_counted(tmp_path):
@@ -256,6 +387,16 @@ def test_classes_without_a_class_list_are_refused_before_training(tmp_path, sets
     assert not os.path.exists(out_dir)
 
 
+def test_what_the_index_leaves_out_is_counted_too(tmp_path):
+    files = sample(0) + sample(1) + sample(2, txt=None) + sample(3, jpg=b"?")
+    path = write_tar(tmp_path / "0.tar", files)
+    with pytest.raises(ConfigError, match="1 of 4 samples .* would be left out"):
+        evaluate(path, str(tmp_path / "run"))
+    evaluate(path, str(tmp_path / "run"), allow_left_out=0.25)
+    left_out = written(tmp_path / "run")["left_out"]
+    assert left_out == {"webp with KEY.json but without KEY.txt": 1, "corrupt image": 1}
+
+
 def test_bad_samples_are_left_out_and_counted(tmp_path, sets):
     path = write_classes(tmp_path / "test")
     (tmp_path / "classnames.txt").write_text("\n".join(shapes.CLASSES) + "\n")  # the folder above
@@ -280,3 +421,146 @@ def test_a_set_without_a_usable_sample_is_refused_with_the_reasons(tmp_path):
     pattern = write_tar(tmp_path / "0.tar", files)
     with pytest.raises(ConfigError, match=r"can be used: \{'corrupt image': 2\}"):
         evaluate(pattern, str(tmp_path / "run"))
+
+
+def check_set(*patterns):
+    check(config.load(["--eval_data=" + repr(patterns)]))
+
+
+def test_several_sets_at_once_are_refused(tmp_path, sets):
+    one = write_shards(tmp_path / "one", (2, 2))
+    two = write_shards(tmp_path / "two", (2, 2))
+    for patterns in ((one, two), (one + "::" + two,)):
+        with pytest.raises(ConfigError, match="several sets, one in .*one and another in .*two"):
+            check_set(*patterns)
+    refused("several sets", out_dir=str(tmp_path / "run"), **{**sets, "eval_data": (one, two)})
+    with pytest.raises(ConfigError, match="one set at a time"):
+        evaluate((one, two), str(tmp_path / "run"))
+
+    check_set(f"{tmp_path}/{{one,two}}/{{00000..00001}}.tar")
+    check_set(f"{tmp_path}/one/00000.tar", f"{tmp_path}/one/00001.tar")
+    check_set(f"{tmp_path}/one/*.tar")
+
+
+# ---- class names and templates ----
+
+
+def write_class_list(folder, names=shapes.CLASSES, templates=()):
+    """The set of write_classes, with a class list and maybe with templates -> its pattern."""
+    pattern = write_classes(folder)
+    files = {"classnames.txt": names, "zeroshot_classification_templates.txt": templates}
+    for name, lines in files.items():
+        if lines:
+            text = "\n".join(lines) + "\n"
+            (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    return pattern
+
+
+def test_templates_of_either_spelling_are_the_same_and_counted(tmp_path):
+    results = []
+    for folder, templates in (("a", ["a {c}", "the {c}."]), ("b", ["a {}", "", "the {}."])):
+        pattern = write_class_list(tmp_path / folder, templates=templates)
+        results.append(evaluate(pattern, str(tmp_path / "run")))
+        content = written(tmp_path / "run")
+        assert (content["classes"], content["templates"]) == (len(shapes.CLASSES), 2)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "names, templates, message",
+    [
+        (shapes.CLASSES, ["a {c}", "a photo"], "templates.txt, line 2: 'a photo' has no place"),
+        (["red", "", "blue"], [], "classnames.txt, line 2 is empty"),
+        (["gr\udcfcn"], [], "classnames.txt cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_class_list_that_cannot_be_used_is_refused(tmp_path, names, templates, message):
+    pattern = write_class_list(tmp_path / "test", names, templates)
+    with pytest.raises(ConfigError, match=message):
+        check_set(pattern)
+
+
+def test_class_names_that_occur_twice_are_named(tmp_path, capsys):
+    check_set(write_class_list(tmp_path / "test", ["a crane", "a dog", "a crane"]))
+    assert "classnames.txt has names that occur twice: 'a crane'" in capsys.readouterr().err
+
+
+def test_why_there_is_no_zero_shot_classification_is_said(tmp_path, capsys):
+    with_class = write_shards(tmp_path / "a", (3,), s0={"cls": b"0"}, s1={"cls": b"0"})
+
+    results = evaluate(with_class, str(tmp_path / "run"))
+    assert "zeroshot_top1" not in results
+    assert "no zero-shot classification on" in capsys.readouterr().out
+
+    (tmp_path / "a" / "zeroshot_classification_templates.txt").write_text("a {c}")
+    evaluate(with_class, str(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "templates.txt is not used: there is no classnames.txt" in out
+    assert "no classnames.txt beside the shards" in out
+
+    (tmp_path / "a" / "classnames.txt").write_text("red")
+    evaluate(with_class, str(tmp_path / "run"))
+    assert "1 of 3 images have no class (KEY.cls)" in capsys.readouterr().out
+    assert written(tmp_path / "run")["templates"] == 0
+
+
+# ---- the command ----
+
+
+def write_checkpoint(folder):
+    """A folder that passes for a checkpoint until its files are loaded."""
+    folder.mkdir(parents=True)
+    sums = ""
+    for name in ("model.pt", "train.pt"):
+        (folder / name).write_bytes(b"weights")
+        sums += f"{hashlib.sha256(b'weights').hexdigest()}  {name}\n"
+    (folder / "SHA256SUMS").write_text(sums)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("emoji_v4", "no folder '.*emoji_v4'; did you mean '.*/emoji_v3'"),
+        ("no such run", "no folder '.*no such run'; did you mean '.*/emoji_v3'"),
+        ("empty", "the run .*empty has no checkpoint yet; did you mean '.*/emoji_v3'"),
+        ("plain", "'.*plain' is neither a run .* nor a checkpoint .*mean '.*/emoji_v3'"),
+        ("", "'.*/' is neither a run .* nor a checkpoint .*mean '.*/emoji_v3'"),
+        ("emoji_v3/checkpoints", "is neither a run .*mean '.*/step-00000004'"),
+        ("emoji_v3/checkpoints/step-00000004/model.pt", "is a file.*mean '.*/step-00000004'"),
+        ("elsewhere/run", "no folder '.*elsewhere/run'$"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_answered_with_the_nearest_run(tmp_path, given, message):
+    write_checkpoint(tmp_path / "emoji_v3" / "checkpoints" / "step-00000004")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(ConfigError, match=message) as error:
+        evaluation.main([f"{tmp_path}/{given}"])
+    assert "resume" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_not_evaluated(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    write_checkpoint(root / "step-00000004")
+    write_checkpoint(root / "step-00000008")
+    (root / "step-00000008" / "model.pt").write_bytes(b"weigh")
+    (root / "latest").write_text("step-00000008")
+    with pytest.raises(ConfigError, match="step-00000008 cannot be used: model.pt is not what"):
+        evaluation.find_checkpoint(str(root / "step-00000008"))
+    assert evaluation.find_checkpoint(str(tmp_path / "run")) == str(root / "step-00000004")
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_wrong_words_and_folders_are_refused_before_the_evaluation(tmp_path, sets, monkeypatch):
+    run = str(tmp_path / "run")
+    train(run, sets, max_steps=1)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: pytest.fail("evaluated"))
+
+    with pytest.raises(ConfigError, match="unexpected word '0.tar': after the folder"):
+        evaluation.main([run, "0.tar"])
+
+    (tmp_path / "file").write_text("")
+    words = words_of(run, device="cpu", eval_data=sets["eval_data"])
+    for folder, reason in ((tmp_path / "file", "File exists"), ("/proc/none", "No such file")):
+        with pytest.raises(ConfigError, match=f"cannot be written: {reason}"):
+            evaluation.main([*words, f"--out_dir={folder}"])

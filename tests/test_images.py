@@ -170,6 +170,82 @@ def test_kinds_of_images():
     assert images.decode({"jpg": cmyk}).shape == (3, 20, 30)
 
 
+# ---- transparency ----
+
+
+def half_transparent(mode):
+    """A picture in red, whose left half is transparent and hides black -> Pillow image."""
+    colours = np.zeros((40, 60, 4), dtype=np.uint8)
+    colours[:, 30:] = (200, 30, 40, 255)
+    colours[:10, 30:, 3] = 128
+    return Image.fromarray(colours).convert(mode)
+
+
+def with_transparent_value(dtype, value):
+    """Grey pixels, among them `value`, which is transparent -> a PNG, bytes."""
+    grey = np.full((40, 60), 77, dtype=dtype)
+    grey[:, :30] = value
+    return encode(Image.fromarray(grey), "PNG", transparency=value)
+
+
+def transparent_pictures():
+    """-> {name: file, bytes} of every kind of transparency that Pillow can write."""
+    red = half_transparent("RGBA").convert("RGB")
+    red_palette = red.quantize(4, dither=Image.Dither.NONE)
+    palette_of_rgba = half_transparent("RGBA").quantize(4, method=Image.Quantize.FASTOCTREE)
+    return {
+        "RGBA": encode(half_transparent("RGBA"), "PNG"),
+        "LA": encode(half_transparent("LA"), "PNG"),
+        "palette, one index": encode(red_palette, "PNG", transparency=red_palette.getpixel((0, 0))),
+        "palette, bytes": encode(red_palette, "PNG", transparency=bytes([0, 160, 255, 10])),
+        "palette of RGBA": encode(palette_of_rgba, "PNG"),
+        "RGB, one colour": encode(red, "PNG", transparency=(0, 0, 0)),
+        "L, one grey": with_transparent_value(np.uint8, 7),
+        "1, one of two": encode(red.convert("1"), "PNG", transparency=0),
+        "WebP": encode(half_transparent("RGBA"), "WEBP", exact=True),
+        "WebP, lossless": encode(half_transparent("RGBA"), "WEBP", lossless=True, exact=True),
+    }
+
+
+def preprocessed_by_open_clip(picture, size):
+    """open_clip's own preprocessing of a Pillow image, without its last step -> (3, size, size)."""
+    open_clip = pytest.importorskip("open_clip")
+    preprocess = open_clip.image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    return (preprocess(picture) * 255).round().byte()
+
+
+@pytest.mark.parametrize("name", transparent_pictures())
+def test_a_transparent_picture_is_put_on_white(name, recwarn):
+    """In evaluation and training alike, and without Pillow's warning about palettes."""
+    content = transparent_pictures()[name]
+    rgba = opened(content).convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    composite = Image.alpha_composite(white, rgba).convert("RGB")
+    assert np.array(composite).max() == 255  # so that the reference has white in it
+
+    ours = images.evaluation_image({"png": content}, 32)
+    assert distance(ours, preprocessed_by_open_clip(composite, 32)) < 0.5
+
+    expected = crop_by_pillow(encode(composite, "PNG"), 0, 32)
+    assert distance(crop_of(content, 0, 32), expected) < 0.5
+    assert [str(w.message) for w in recwarn if "transparency" in str(w.message).lower()] == []
+
+
+def test_a_transparent_grey_of_16_bits_is_put_on_white():
+    """Pillow does not convert these to RGBA."""
+    decoded = images.decode({"png": with_transparent_value(np.uint16, 7 * 257)})
+    assert (decoded[:, :, :30] == 255).all()
+    assert (decoded[:, :, 30:] == 0).all()  # 77 of 65,535
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA"])
+def test_an_opaque_picture_is_as_open_clip_has_it(mode):
+    """open_clip is given RGB: it would resize a palette's indices, and only then see colours."""
+    picture = opened(photo(2, 90, 70)).convert(mode)
+    ours = images.evaluation_image({"png": encode(picture, "PNG")}, 32)
+    assert distance(ours, preprocessed_by_open_clip(picture.convert("RGB"), 32)) < 0.5
+
+
 @pytest.mark.parametrize(
     "mode, options",
     [

@@ -21,8 +21,9 @@ import webdataset
 import helpers
 from config import ConfigError, or_exit
 from ingest import index, urls
+from ingest.counting import count_samples
 from ingest.images import BadSample
-from ingest.index import count_samples, load_index
+from ingest.index import load_index
 from ingest.reader import Reader
 from ingest.tar import captions, usable_samples
 from ingest.urls import expand, is_local, sibling
@@ -40,7 +41,7 @@ def counted(monkeypatch):
         names.append(os.path.basename(url))
         return count_samples(url, **options)
 
-    monkeypatch.setattr("ingest.index.count_samples", count)
+    monkeypatch.setattr("ingest.counting.count_samples", count)
     return names
 
 
@@ -71,8 +72,9 @@ def test_what_is_a_sample(tmp_path):
         ("3.jpg", b""),
         ("4.txt", b""),
     ]
-    loaded = load_index(write_tar(tmp_path / "x.tar", files))
+    loaded = load_index(write_tar(tmp_path / "x.tar", files), allow_left_out=0.4)
     assert loaded.counts.tolist() == [3]
+    assert loaded.left_out == {"jpg without caption": 1, "txt without image": 1}
 
     samples = usable_samples(loaded.shards[0], ("txt",), range(0))
     assert [key for key, _ in samples] == ["a/1", "b/1", "2"]
@@ -216,6 +218,13 @@ def test_folders_with_similar_names_have_their_own_files_in_the_cache(tmp_path, 
 # ---- refusals ----
 
 
+def test_all_patterns_are_looked_at_before_one_is_counted(tmp_path, counted):
+    good = write_shards(tmp_path / "a", (3,))
+    refused((good, f"{tmp_path}/none.tar"), "none.tar matches no file")
+    assert counted == []
+    assert os.listdir(tmp_path / "a") == ["00000.tar"]
+
+
 def test_missing_files(tmp_path):
     pattern = write_shards(tmp_path / "a", (3, 3, 3))
     refused(str(tmp_path / "none*.tar"), "matches no file")
@@ -224,6 +233,23 @@ def test_missing_files(tmp_path):
         r"00003.tar does not exist, 4 of 7 shards are missing: fetch them",
     )
     refused("a{0..3.tar", "a{0..3.tar")
+
+
+def test_the_name_spelt_most_alike(tmp_path):
+    write_shards(tmp_path / "shards", (1,))
+    refused(f"{tmp_path}/shard/*.tar", "correct the pattern; did you mean 'shards'[?]")
+    refused(f"{tmp_path}/shard/x/0.tar", "did you mean 'shards'[?]")
+    refused(f"{tmp_path}/shards/0000.tar", "did you mean '00000.tar'[?]")
+    refused(f"{tmp_path}/shards/*.tgz", "correct the pattern$")
+
+
+@pytest.mark.parametrize("program", ["gzip", "bzip2", "xz"])
+def test_a_compressed_shard(tmp_path, program):
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+    (path,) = expand(write_shards(tmp_path, (2,)))
+    subprocess.run([program, path], check=True)
+    refused(f"{tmp_path}/0*", rf"it is compressed \({program}\), .* plain tar: unpack it")
 
 
 def test_files_that_are_no_tar(tmp_path):
@@ -237,7 +263,7 @@ def test_files_that_are_no_tar(tmp_path):
         rf"zero.tar \(0 bytes\) {after_none}.*empty header.*fetch it again",
     )
     refused(str(tmp_path / "noise.tar"), rf"noise.tar \(5000 bytes\) {after_none}: not a tar")
-    refused(str(tmp_path / "folder.tar"), "folder.tar .* is unreadable")
+    refused(str(tmp_path / "folder.tar"), "folder.tar is an empty folder: give tar shards")
     refused(
         "pipe:false {1..2}.tar",
         f"pipe:false 1.tar {after_none}: the command failed, exit status 1",
@@ -284,8 +310,7 @@ def test_shards_without_usable_samples(tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-    bad = {"s2": {"webp": b"?"}, "s6": {"jpg": b"?"}, "s7": {"txt": b""}}
-    pattern = write_shards(tmp_path / "a", (4, 4), **bad)
+    pattern = write_shards(tmp_path / "a", (4, 4))
     out = tmp_path / "out.json"
     result = subprocess.run(
         [sys.executable, "-m", "ingest.index", pattern, "--verify", f"--out={out}"],
@@ -294,10 +319,9 @@ def test_command_line(tmp_path, capsys):
     )
     assert result.returncode == 0
     assert "8 samples in 2 shards" in result.stdout
+    assert "00001.tar: 4 samples, bad: none" in result.stdout
     assert "indexing" in result.stderr
-    assert "00000.tar 00002: corrupt image" in result.stdout
-    line = "00001.tar: 4 samples, bad: {'corrupt image': 1, 'empty caption': 1}"
-    assert line in result.stdout
+    assert result.stderr.count("index written: ") == 1
 
     assert out.exists()
     assert not (tmp_path / "a" / "index.json").exists()
@@ -308,6 +332,132 @@ def test_command_line(tmp_path, capsys):
     assert (tmp_path / "a" / "index.json").exists()
     with pytest.raises(SystemExit, match="error: .*b.tar matches no file"):
         or_exit(index.main, [str(tmp_path / "b.tar")])
+
+
+def test_verify_fails_if_samples_are_bad(tmp_path, capsys):
+    bad = {"s2": {"webp": b"?"}, "s6": {"jpg": b"?"}, "s7": {"txt": b""}}
+    pattern = write_shards(tmp_path / "a", (4, 4), **bad)
+    out = tmp_path / "out.json"
+    with pytest.raises(ConfigError, match="3 of 8 samples cannot be used: .*'corrupt image': 2"):
+        index.main([pattern, "--verify", f"--out={out}"])
+
+    printed = capsys.readouterr().out
+    assert "00000.tar 00002: corrupt image" in printed
+    line = "00001.tar: 4 samples, bad: {'corrupt image': 1, 'empty caption': 1}"
+    assert line in printed
+    assert not out.exists()
+
+
+# ---- a mistyped caption_key ----
+
+
+@pytest.mark.parametrize("options", [[], ["--verify"]], ids=str)
+def test_a_mistyped_caption_key_is_named_at_indexing(tmp_path, options):
+    pattern = write_shards(tmp_path / "a", (4, 4))
+    with pytest.raises(SystemExit) as error:  # with a text, so that the exit status is 1
+        or_exit(index.main, [pattern, "--caption_key", "text", *options])
+    message = error.value.code
+    assert "none of the first 4 samples has the caption_key 'text'" in message
+    assert "they have texts; did you mean 'texts'?" in message
+    assert not (tmp_path / "a" / "index.json").exists()
+
+
+def test_a_mistyped_caption_key_is_named_although_the_index_is_known(tmp_path):
+    pattern = write_shards(tmp_path, (4,))
+    load_index(pattern, "texts")
+    refused(pattern, "has the caption_key 'caption' .* they have texts", caption_key="caption")
+    refused("pipe:cat " + pattern, "has the caption_key 'caption'", caption_key="caption")
+
+
+@pytest.mark.parametrize("first", [b'{"texts": null}', b"[", b"[1]", b"7"])
+def test_a_caption_key_may_be_missing_from_some_samples(tmp_path, first):
+    pattern = write_shards(tmp_path, (3,), s0={"json": first}, s1={"json": b'{"other": 1}'})
+    assert counts(pattern, "texts") == [3]
+
+
+def test_an_evaluation_set_with_classes_needs_no_caption_key(tmp_path):
+    changes = {f"s{number}": {"cls": b"1"} for number in range(3)}
+    pattern = write_shards(tmp_path, (3,), **changes)
+    assert counts(pattern, "nothing", evaluation=True) == [3]
+
+
+# ---- what is given in place of shards ----
+
+
+def test_several_names_in_one_string(tmp_path, monkeypatch):
+    write_shards(tmp_path, (1, 1))
+    monkeypatch.chdir(tmp_path)
+    for joined in ("00000.tar 00001.tar", "00000.tar,00001.tar", "[00000.tar, 00001.tar]"):
+        refused(joined, "give several as a list, .*'00000.tar', '00001.tar'.* '00000.tar::00001.")
+    assert counts("00000.tar::00001.tar") == [1, 1]
+
+    os.rename("00000.tar", "a b.tar")
+    assert counts("a b.tar") == [1]
+    refused("some words", "matches no file")
+
+
+def write_files(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["0.tar", "1.tar", "0_stats.json"], "a folder: give its shards, '{folder}/*.tar'"),
+        (["x/y/0.tar", "x/z/1.tar", "readme"], "give its shards, '{folder}/*/*/*.tar'"),
+        (["0.jpg", "0.txt", "x/1.png"], "pack it, `tar --sort=name -cf {folder}.tar -C {folder} ."),
+        (["n01/0.JPEG", "n02/1.JPEG"], "2 jpeg: images in 2 folders, as of classes"),
+        (["0.jpg"], "write a caption KEY.txt beside each KEY.jpg"),
+        (["a.parquet"], "holds no tar, but 1 parquet: give tar shards"),
+        ([], "is an empty folder"),
+    ],
+    ids=str,
+)
+def test_a_folder_in_place_of_shards(tmp_path, names, expected):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_files(folder, *names)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        load_index(str(folder))
+    assert expected.format(folder=folder) in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_the_command_that_packs_a_folder_makes_a_shard(tmp_path):
+    """Tried as it is printed."""
+    folder = tmp_path / "my set"
+    folder.mkdir()
+    for name, content in sample(0) + sample(1):
+        (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load_index(str(folder))
+    command = str(error.value).split("`")[1]
+    subprocess.run(command, shell=True, check=True)
+    assert counts(f"{folder}.tar") == [2]
+
+
+# ---- the same shard to train on and to evaluate ----
+
+
+def test_a_shard_that_is_trained_on_and_evaluated_is_noted(tmp_path, capsys):
+    pattern = write_shards(tmp_path / "a", (2, 2, 2))
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a" / "00001.tar")
+    own = write_shards(tmp_path / "b", (2,))
+    train = load_index(pattern)
+
+    index.warn_of_shared_shards(train, load_index(own, evaluation=True))
+    assert "warning" not in capsys.readouterr().err
+    index.warn_of_shared_shards(train, load_index((own, f"{tmp_path}/link.tar"), evaluation=True))
+    expected = f"1 of the 2 shards in eval_data are in train_data, too, for example {tmp_path}/link"
+    assert expected in capsys.readouterr().err
+
+    settings = dict(train_data=pattern, eval_data=pattern, out_dir=str(tmp_path / "run"))
+    helpers.refused("batch_size", **settings)
+    assert capsys.readouterr().err.count("warning: 3 of the 3 shards in eval_data") == 1
 
 
 # ---- statistics beside the shards ----

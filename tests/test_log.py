@@ -1,15 +1,107 @@
-"""runtime/log.py under faults: a full disk, broken curves, bad samples, a lost evaluation."""
+"""runtime/log.py: runs that do not learn; a full disk, broken curves, bad samples."""
 
 import glob
 import json
 import os
+import re
+import sys
 import tarfile
 
 import pytest
+import torch
 
 import shapes
-from helpers import SHORT_RUN, train
+import train as training
+from helpers import SHORT_RUN, TINY, refused, train, words_of
+from runtime import ranks
 from runtime.log import MetricsFile
+
+# ---- runs that do not learn ----
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_that_learns_is_not_warned(tmp_path, sets, capsys):
+    train(str(tmp_path / "run"), sets)
+    printed = capsys.readouterr()
+    assert "(chance 4.159)" in printed.out  # ln 64
+    assert "at chance" not in printed.out + printed.err
+    assert "warmup_steps" not in printed.err
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_learning_rate_that_is_far_too_high_is_said(tmp_path, sets, capsys):
+    """The objective falls, because tau does; the in-batch loss stays at chance."""
+    rows = train(str(tmp_path / "run"), sets, lr=1.0)
+    assert rows[-1]["objective"] < rows[0]["objective"] - 0.1
+
+    printed = capsys.readouterr()
+    assert printed.err.count("is at chance (4.159)") == 1
+    last = printed.out.splitlines()[-1]
+    assert re.search(r"^done in .* But mbcl 4\.\d+ is at chance .* Try a lower lr", last)
+
+
+def noise(name, generator, size=32):
+    """In place of shapes.picture: a picture that has nothing to do with its caption."""
+    return torch.randint(0, 255, (3, size, size), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_captions_that_belong_to_no_image_are_said(tmp_path, monkeypatch, capsys):
+    """At the end of a job that stops before the run does, too."""
+    monkeypatch.setattr(shapes, "picture", noise)
+    sets = dict(train_data=shapes.write(str(tmp_path / "noise")))
+    train(str(tmp_path / "run"), sets, stop_after=24)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"^stopped after step 24 .* But mbcl 4\.\d+ is at chance", last)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_warm_up_of_most_of_the_run_is_said(tmp_path, sets, capsys):
+    train(str(tmp_path / "run"), sets, max_steps=4)
+    assert "warmup_steps = 5 of 4 steps is more than a third" in capsys.readouterr().err
+
+
+# ---- what cannot be written or shown ----
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("resumed_with, kept", [(dict(lr=1e-3), True), (dict(), False)], ids=str)
+def test_an_old_config_is_kept_beside_one_that_differs(tmp_path, sets, resumed_with, kept):
+    out = tmp_path / "run"
+    train(str(out), sets, **SHORT_RUN, stop_after=4)
+    old = (out / "config.py").read_text()
+
+    train(str(out), sets, **SHORT_RUN, resume="auto", stop_after=1, **resumed_with)
+    assert (out / "config-until-step-4.py").exists() == kept
+    if kept:
+        assert (out / "config-until-step-4.py").read_text() == old
+        assert "lr = 0.001\n" in (out / "config.py").read_text()
+
+        # From the same step with a third config: the run still came to step 4 with the first.
+        resume = str(out / "checkpoints" / "step-00000004")
+        train(str(out), sets, **{**SHORT_RUN, "lr": 5e-4}, resume=resume, stop_after=1)
+        assert (out / "config-until-step-4.py").read_text() == old
+
+
+def test_a_disk_that_is_full_at_the_start_is_said(tmp_path, sets, monkeypatch):
+    def full(config, step):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("runtime.log.write_config", full)
+    refused("cannot be written: No space", out_dir=str(tmp_path / "run"), **sets)
+
+
+@pytest.mark.parametrize("key", ["tensorboard", "wandb"])
+def test_a_missing_logger_is_found_before_the_data_are_read(tmp_path, sets, monkeypatch, key):
+    def not_yet(*args, **options):
+        raise AssertionError("the data are indexed")
+
+    monkeypatch.setitem(sys.modules, key, None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("runtime.job.load_index", not_yet)
+    settings = dict(out_dir=str(tmp_path / "run"), train_data=sets["train_data"])
+    value = True if key == "tensorboard" else "project"
+    refused(f"pip install {key}", **settings, **{key: value})
 
 
 @pytest.mark.usefixtures("no_curves")
@@ -92,9 +184,15 @@ def test_bad_samples_are_counted_over_all_jobs(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_too_many_bad_samples_stop_the_run(tmp_path):
+def test_too_many_bad_samples_stop_the_run(tmp_path, capsys):
     """More than 1 %."""
     sets = dict(train_data=write_shapes_with_bad_images(tmp_path / "many", 4))
-    message = r"of 192 samples are bad: {'corrupt image': \d+}; look at the data"
-    with pytest.raises(RuntimeError, match=message):
-        train(str(tmp_path / "run"), sets, **SHORT_RUN)
+    settings = {**TINY, **SHORT_RUN, **sets, "out_dir": str(tmp_path / "run")}
+    with pytest.raises(SystemExit) as end:
+        ranks.run(training.main, words_of(**settings))
+
+    # One line, with a command that can be copied; exit status 1, and no traceback.
+    message = r"error: .* of 192 samples are bad: {'corrupt image': \d+}; look at the data: "
+    assert re.match(message, end.value.code)
+    assert end.value.code.endswith(f"python -m ingest.index --verify '{sets['train_data']}'")
+    assert "error" not in capsys.readouterr().err

@@ -1,10 +1,14 @@
 """A run that is continued: bit for bit as if never stopped, on other ranks, and refusals."""
 
+import dataclasses
+import os
+import re
 import shutil
 
 import pytest
 import torch
 
+import config
 import faults
 import shapes
 from helpers import (
@@ -25,6 +29,7 @@ from helpers import (
     weights,
 )
 from loss import ALGORITHMS
+from runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -177,6 +182,95 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, sets, finished):
 def test_a_checkpoint_from_beyond_the_end_is_refused(finished):
     message = "is at step 2, this run ends at step 1"
     refused(message, **finished, resume="auto", max_steps=1)
+
+
+def test_a_changed_method_is_refused_before_anything_is_done(finished, monkeypatch):
+    """All changed keys are named, old value and new one; the folder stays as it was."""
+
+    def not_yet(*args):
+        raise AssertionError("the data are indexed")
+
+    config_file = os.path.join(finished["out_dir"], "config.py")
+    before = os.stat(config_file).st_mtime_ns
+    monkeypatch.setattr("runtime.job.load_index", not_yet)
+    changes = dict(rho=5.0, equations="release", crop_scale="(0.5,1.0)", lr=1e-4)
+    refused(
+        "equations: 'paper' -> 'release'; rho: 4.0 -> 5.0; crop_scale: (0.9, 1.0) -> (0.5, 1.0)",
+        "--resume_changes=True",
+        **finished,
+        resume="auto",
+        **changes,
+    )
+    fixed = "cannot change (seed: 2024 -> 1; text_heads: 2 -> 4)"
+    refused(fixed, **finished, resume="auto", text_heads=4, seed=1, resume_changes=True)
+    assert os.stat(config_file).st_mtime_ns == before
+
+
+def test_changes_are_printed_and_those_of_the_method_allowed(finished, sets, capsys):
+    out = finished["out_dir"]
+    train(out, sets, max_steps=3, resume="auto", rho=5.0, lr=1e-3, resume_changes=True)
+    printed = capsys.readouterr().out
+    changes = re.findall(r"changed since .*step-00000002: (.*)", printed)
+    assert changes == ["rho: 4.0 -> 5.0", "max_steps: 2 -> 3", "lr: 0.002 -> 0.001"]
+
+    # Nothing is said where nothing has changed.
+    capsys.readouterr()
+    train(out, sets, max_steps=3, resume="auto", rho=5.0, lr=1e-3)
+    assert "changed since" not in capsys.readouterr().out
+
+
+def test_every_key_that_a_resume_looks_at_exists():
+    keys = [*checkpoint.FIXED_KEYS, *checkpoint.METHOD_KEYS, *config.JOB_KEYS]
+    assert len(set(keys)) == len(keys)
+    assert not set(keys) - set(config.HINTS)
+
+
+@pytest.mark.parametrize("given", [[1, 1, 1, 1], (1, 1, 1, 1)], ids=["list", "tuple"])
+def test_a_list_is_the_tuple_that_it_was(tmp_path, given):
+    """Files of checkpoints hold lists in place of tuples."""
+    c = config.Config(model="RN50", vision_layers=(1, 1, 1, 1), train_data=("a.tar",))
+    saved = {**dataclasses.asdict(c), "vision_layers": given, "train_data": ["a.tar"]}
+    saved["crop_scale"] = [0.9, 1]
+    saved["gone"] = 1  # a key of an older version
+    del saved["rho"]  # a key that is younger than the checkpoint had its default value
+    torch.save({"config": saved}, tmp_path / "train.pt")
+    assert checkpoint.changed_settings(str(tmp_path), c) == {}
+
+    c.rho = 7.0
+    assert checkpoint.changed_settings(str(tmp_path), c) == {"rho": (6.5, 7.0)}
+
+
+# ---- the folder that is named ----
+
+
+@pytest.mark.parametrize("folder", ["", "/", "/checkpoints", "/checkpoints/step-00000002"])
+def test_resume_from_a_run_takes_its_newest_checkpoint(tmp_path, finished, sets, folder, capsys):
+    """In that run, and into a new one."""
+    resume = finished["out_dir"] + folder
+    new = str(tmp_path / "new")
+    rows = train(new, sets, max_steps=3, resume=resume)
+    assert [row["step"] for row in rows] == [3]
+    said = "its newest checkpoint is" in capsys.readouterr().out
+    assert said == ("step" not in folder)
+
+    rows = train(finished["out_dir"], sets, max_steps=3, resume=resume)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_a_folder_that_is_not_there_is_answered_by_those_that_are(tmp_path, finished):
+    out = finished["out_dir"]
+    new = dict(finished, out_dir=str(tmp_path / "new"))
+    refused("does not exist; ", "holds step-00000002", **new, resume=f"{out}/checkpoints/step-3")
+    refused("did you mean", f"{out}'?", **new, resume=out + "x")
+    os.makedirs(tmp_path / "empty")
+    # In out_dir itself, too, where another run's checkpoint would be refused.
+    refused("does not exist; ", **finished, resume=f"{out}/checkpoints/step-3")
+    refused("SHA256SUMS is missing", **new, resume=str(tmp_path / "empty"))
+
+
+def test_a_finished_run_says_that_it_is(finished, sets, capsys):
+    train(finished["out_dir"], sets, max_steps=2, resume="auto")
+    assert "already at step 2 of 2" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_checkpoint_of_another_data_set_is_refused(tmp_path, finished):

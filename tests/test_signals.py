@@ -148,5 +148,5 @@ def test_a_chain_of_jobs_equals_one(tmp_path, sets, capsys, stop_after):
 
     # A job too many does no harm.
     train(two, sets, **settings, resume="auto", stop_after=stop_after)
-    assert "done in" in capsys.readouterr().out.splitlines()[-1]
+    assert "already at step 7 of 7" in capsys.readouterr().out.splitlines()[-1]
     assert_same_run(one, two, 7)

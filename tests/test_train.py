@@ -170,7 +170,7 @@ def test_a_user_sees_one_line(tmp_path, sets):
         (dict(micro_batch=24), ["multiple of 1 ranks x micro_batch = 24"]),
         (dict(model="ViT-B-23"), ["unknown model 'ViT-B-23'", "ViT-B-32"]),
         (dict(image_size=100), ["100", "8"]),
-        (dict(resume="nothing"), ["is no checkpoint"]),
+        (dict(resume="nothing"), ["'nothing' does not exist; it is auto,"]),
     ],
     ids=str,
 )
@@ -245,7 +245,8 @@ def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, sets):
     refused("already holds a run", "--resume=auto", **base)
     difference = "vision_width = 64 there, 128 here"
     refused("another model", difference, **base, resume="auto", vision_width=128)
-    refused("algorithm = 'fastclip-v3'", **base, resume="auto", algorithm="openclip")
+    difference = "algorithm: 'fastclip-v3' -> 'openclip'"
+    refused("cannot change", difference, **base, resume="auto", algorithm="openclip")
 
     os.truncate(os.path.join(out, "checkpoints", "step-00000002", "train.pt"), 1000)
     refused("train.pt is not what was written (1000 bytes", **base, resume="auto")
@@ -272,6 +273,14 @@ def test_plan_refuses_a_set_that_fills_no_batch():
     path = os.path.join(ROOT, "configs", "cc3m_v3.py")
     with pytest.raises(config.ConfigError, match="100 samples do not fill"):
         training.main([path, "--plan=True", "--train_samples=100"])
+
+
+def test_plan_warns_of_a_long_warm_up(capsys):
+    path = os.path.join(ROOT, "configs", "cc3m_v3.py")
+    training.main([path, "--plan=True"])
+    assert "warning" not in capsys.readouterr().out
+    training.main([path, "--plan=True", "--max_steps=20000"])
+    assert "warmup_steps = 10000 of 20000 steps is more than a third" in capsys.readouterr().out
 
 
 def traffic_of_a_step(algorithm):
