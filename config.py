@@ -245,7 +245,15 @@ MODEL_KEYS = (
 )
 
 # Settings of a job. Two jobs of one run may differ in them.
-JOB_KEYS = ("out_dir", "resume", "resume_changes", "stop_after", "plan")
+JOB_KEYS = (
+    "out_dir",
+    "resume",
+    "resume_changes",
+    "stop_after",
+    "plan",
+    "plan_speed",
+    "plan_price",
+)
 
 # What users of open_clip, and of the published FastCLIP code, may type: what to write here.
 # fmt: off

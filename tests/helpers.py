@@ -230,8 +230,8 @@ def assert_all_succeed(processes):
 
 # ---- processes of the bench ----
 
-REPLACED = ("rank", "world_size", "all_gather", "all_reduce")  # of dist, by workers of the bench
-PLAIN_DIST = {name: getattr(dist, name) for name in REPLACED}
+# Some of which a worker of the bench replaces, because it believes that the process is its own.
+PLAIN_DIST = {name: value for name, value in vars(dist).items() if callable(value)}
 
 
 class InThisProcess:
@@ -248,7 +248,6 @@ class InThisProcess:
 
     def close(self):
         self.generator.close()
-        # A worker may replace them: it believes that the process is its own.
         for name, function in PLAIN_DIST.items():
             setattr(dist, name, function)
 
