@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as c10d
@@ -73,17 +74,29 @@ def copy_seconds(target, source, device):
 
 # ---- numbers ----
 
-# (side, precision, compiled, settings of the config)
-VARIANTS = [
-    ("bf16", "bf16", False, {}),
-    ("bf16 compiled", "bf16", True, {}),
-    ("bf16 compiled, checkpointing", "bf16", True, dict(grad_checkpointing=True)),
-    ("fp16 compiled", "fp16", True, {}),
-    ("bf16 compiled, micro-batches", "bf16", True, dict(micro_batch=True)),
-]
-
 MIN_COSINE = 0.99
 MAX_NORM_CHANGE = 0.05
+
+
+class Variant(NamedTuple):
+    """A way to compute the gradient, which is compared with that of float32 without compilation."""
+
+    side: str
+    precision: str
+    compiled: bool
+    config: dict  # further settings of the config
+
+
+def variants(args):
+    """The list of Variants that are measured."""
+    in_two_pieces = dict(micro_batch=args.batch // 2)
+    return [
+        Variant("bf16, eager", "bf16", False, {}),
+        Variant("bf16", "bf16", True, {}),
+        Variant("bf16, checkpointing", "bf16", True, dict(grad_checkpointing=True)),
+        Variant("bf16, micro-batches", "bf16", True, in_two_pieces),
+        Variant("fp16", "fp16", True, {}),
+    ]
 
 
 def numbers(args):
@@ -96,39 +109,36 @@ def numbers_worker(args):
     shape = harness.model_shape(args)
     batches = made_data.make_batches(shape.image_size, shape.context_length, args.batch, count=1)
     batches = made_data.pinned(batches, device)
-    reference = gradient(args, batches, "fp32", False, {})
+    reference = gradient(args, batches, Variant("", "fp32", False, {}))
 
     rows = []
-    for side, precision, compiled, config in VARIANTS:
-        if precision == "fp16" and device.type == "cpu":
-            rows.append(report.skipped("numbers", side, settings_of(args), "fp16 needs a GPU"))
-            continue
-        if compiled and not args.compiled:
-            reason = "nothing is compiled at toy size"
-            rows.append(report.skipped("numbers", side, settings_of(args), reason))
+    for variant in variants(args):
+        variant = variant._replace(compiled=variant.compiled and args.compiled)
+        settings = dict(settings_of(args), compiled=variant.compiled)
+        if variant.precision == "fp16" and device.type == "cpu":
+            rows.append(report.skipped("numbers", variant.side, settings, "fp16 needs a GPU"))
             continue
         try:
-            rows.append(numbers_row(args, batches, reference, side, precision, compiled, config))
+            rows.append(numbers_row(args, settings, batches, reference, variant))
         except Exception as error:
             reason = harness.reason_of(error)
-            rows.append(report.failed("numbers", side, settings_of(args), reason))
+            rows.append(report.failed("numbers", variant.side, settings, reason))
     yield rows
 
 
-def numbers_row(args, batches, reference, side, precision, compiled, config):
-    if "micro_batch" in config:
-        config = dict(micro_batch=args.batch // 2)
-        if args.model.startswith("RN"):
-            # BatchNorm normalises each piece by itself: in float32 this changes the gradient, too.
-            reference = gradient(args, batches, "fp32", False, config)
+def numbers_row(args, settings, batches, reference, variant):
+    if "micro_batch" in variant.config and args.model.startswith("RN"):
+        # BatchNorm normalises each piece by itself: in float32, too, this changes the gradient.
+        in_pieces = variant._replace(precision="fp32", compiled=False)
+        reference = gradient(args, batches, in_pieces)
 
-    found = gradient(args, batches, precision, compiled, config)
+    found = gradient(args, batches, variant)
     cosine = torch.nn.functional.cosine_similarity(found, reference, dim=0).item()
     norm_ratio = (found.norm() / reference.norm()).item()
     return report.row(
         "numbers",
-        side,
-        settings_of(args),
+        variant.side,
+        settings,
         "cosine",
         [cosine],
         norm_ratio=norm_ratio,
@@ -137,10 +147,14 @@ def numbers_row(args, batches, reference, side, precision, compiled, config):
     )
 
 
-def gradient(args, batches, precision, compiled, config):
+def gradient(args, batches, variant):
     """The gradient of the first step, (parameters,), without that of the temperature."""
-    changed = harness.changed(args, precision=precision)
-    trainer = ours.Trainer(changed, cycle(batches), compiled=compiled, **config)
+    trainer = ours.Trainer(
+        harness.changed(args, precision=variant.precision),
+        cycle(batches),
+        compiled=variant.compiled,
+        **variant.config,
+    )
     # float16's scale begins too high: such steps are left out, and the weights stay.
     for _ in range(20):
         trainer.run(1)

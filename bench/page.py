@@ -184,6 +184,8 @@ def name_of(row):
     for key in ("b", "B", "workers"):
         if key in settings:
             words.append(f"{key}={settings[key]}")
+    if settings.get("compiled"):
+        words.append("compiled")
     if settings.get("on_device"):
         words.append("on the device")
     return " ".join([row["side"] + ("," if words else ""), *words])

@@ -198,20 +198,29 @@ def test_two_ranks():
     assert 0 < in_bf16["median"] < 1e-2
 
 
-def test_a_wrong_gradient_misses_its_goal(monkeypatch, in_this_process):
-    """Of bf16, in place of which there is another direction."""
-    args = next(job.args for job in gpu.jobs_of(toy_args()) if job.name == "numbers ViT-B-32")
-    plain = checks.gradient
+@pytest.mark.parametrize("model", ["ViT-B-32", "RN50"])
+def test_gradients_are_compared_with_float32(model, monkeypatch, in_this_process):
+    name = f"numbers {model}"
+    args = next(job.args for job in gpu.jobs_of(toy_args()) if job.name == name)
+    rows = checks.numbers(args)
+    assert [row["side"] for row in rows] == [variant.side for variant in checks.variants(args)]
+    assert rows[-1]["skipped"] == "fp16 needs a GPU"
+    for row in rows[:-1]:
+        assert row["met"] and row["median"] > 0.99, row
 
-    def wrong(args, batches, precision, compiled, config):
-        found = plain(args, batches, precision, compiled, config)
-        return found.flip(0) if precision == "bf16" else found
+    monkeypatch.setattr(checks, "gradient", wrong_in_bf16(checks.gradient))
+    for row in checks.numbers(args)[:-1]:
+        assert not row["met"], row
 
-    right, *_ = checks.numbers(args)
-    assert right["met"] and right["median"] > 0.99
-    monkeypatch.setattr(checks, "gradient", wrong)
-    row, *_ = checks.numbers(args)
-    assert not row["met"]
+
+def wrong_in_bf16(gradient):
+    """checks.gradient, which in bf16 points elsewhere."""
+
+    def wrong(args, batches, variant):
+        found = gradient(args, batches, variant)
+        return found.flip(0) if variant.precision == "bf16" else found
+
+    return wrong
 
 
 class WaitingTrainer:
