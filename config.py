@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 class BadRun(RuntimeError):
-    """What makes a run end although it could go on. All ranks raise it at the same step."""
+    """Why a run ends: shown as one line, without a traceback."""
 
 
 @dataclass
@@ -318,13 +318,15 @@ OTHER_WORDS = {
 # ---- reading ----
 
 
-def load(argv):
+def load(argv, saved=None):
     """Command-line words (a config file, then `--key=value`s; both optional) -> Config.
 
-    Raises ConfigError for an unknown key (the nearest is named), a wrong type, a value that cannot
-    work, a missing or failing file.
+    saved: {key: value} that these words change, instead of the defaults. Raises ConfigError for an
+    unknown key (the nearest is named), a wrong type, a value that cannot work, a missing or failing
+    file.
     """
-    values = {}
+    values = dict(saved or {})
+    given = set()
     name = "run"
     for i, word in enumerate(argv):
         if word in ("-h", "--help"):
@@ -332,7 +334,13 @@ def load(argv):
             raise SystemExit(0)
         if word.startswith("--"):
             key, text = split_option(word, argv[i + 1 :])
+            if key in given and key in ("train_data", "eval_data"):
+                raise ConfigError(
+                    f"{key} is given more than once: put the pattern in quotes, so that the shell "
+                    f"leaves it as it is, --{key}='...'"
+                )
             values[key] = typed(key, parse(text))
+            given.add(key)
         elif i == 0:
             values = read(word)
             name = os.path.splitext(os.path.basename(word))[0]
@@ -386,6 +394,11 @@ def read(path, readers=()):
     try:
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is no text: the first word is a config, a Python file; data are given by "
+            "--train_data='...'"
+        ) from error
     except Exception as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     assigned = {key: value for key, value in names.items() if is_option(key, value)}
@@ -455,7 +468,8 @@ def typed(key, value, where="command line"):
     allowed = " or ".join(describe(option) for option in options(hint))
     near = nearest(str(value), [option for option in options(hint) if isinstance(option, str)])
     raise ConfigError(
-        f"{where}: {key} = {value!r} is of type {type(value).__name__}; it must be {allowed}{near}"
+        f"{where}: {key} = {value!r} is of type {type(value).__name__}; it must be {allowed}{near} "
+        f"({key}: {comment_of(key)})"
     )
 
 
@@ -631,6 +645,20 @@ def as_text(config):
     """The resolved config as assignments: saved in the run's folder, loadable as a config."""
     lines = [f"{f.name} = {getattr(config, f.name)!r}\n" for f in dataclasses.fields(config)]
     return "".join(lines)
+
+
+def comment_of(key):
+    """The comment above an option in the table, as one line."""
+    lines = [line.strip() for line in inspect.getsource(Config).splitlines()]
+    number = 0
+    while not lines[number].startswith(f"{key}: "):
+        number += 1
+
+    comment = []
+    while lines[number - 1].startswith("# ") and not lines[number - 1].startswith("# ----"):
+        number -= 1
+        comment.insert(0, lines[number].removeprefix("# "))
+    return " ".join(comment)
 
 
 def help_text():

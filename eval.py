@@ -9,6 +9,7 @@ an evaluation set may hold. The work is shared over the ranks.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ import config as configs
 import dist
 import model as models
 from config import ConfigError
-from ingest.evaluation import load_set, read_images, read_samples
+from ingest.evaluation import check_class_numbers, load_set, read_images, read_samples
 from ingest.tokenizer import Tokenizer
 from runtime import checkpoint, hardware, plots, ranks
 
@@ -195,12 +196,7 @@ def why_no_zero_shot(names, classes):
 
 def class_queries(names, templates, images, encode, c):
     """-> Queries by class name: the feature of a class is the mean of its prompts' features."""
-    largest = max(images.classes)
-    if largest >= len(names):
-        raise ConfigError(
-            f"class {largest} in {c.eval_data[0]}, but classnames.txt has {len(names)} lines: "
-            "it belongs to another set"
-        )
+    check_class_numbers(images.classes, names, c.eval_data[0])
 
     prompts = []
     for name in names:
@@ -523,18 +519,14 @@ def has_checkpoint(path):
 
 def load_config(folder, argv):
     """The config that a checkpoint was trained with, changed by the words of the command line."""
-    saved = checkpoint.read(os.path.join(folder, "train.pt"))["config"]
-    words = []
-    for key, value in saved.items():
-        if key in configs.HINTS:  # an older checkpoint may have settings that are gone
-            words.append(f"--{key}={value!r}")
-    words.append(f"--out_dir={argv[0]}")
+    saved = dataclasses.asdict(checkpoint.saved_config(folder))
+    saved["out_dir"] = argv[0]
 
     for word in argv[1:]:
         if not word.startswith("--"):
             raise ConfigError(f"unexpected word {word!r}: after the folder come only --key=value")
 
-    c = configs.load(words + argv[1:])
+    c = configs.load(argv[1:], saved)
     if not c.eval_data:
         raise ConfigError(
             "eval_data is empty: name the shards, for example --eval_data='data/emoji/test/*.tar'"

@@ -43,6 +43,9 @@ COMPRESSED = {
     b"PK\x03\x04": "zip",
 }
 
+# Names of files that list images instead of holding them.
+TABLES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
+
 THREADS = 8  # disks, commands and decoders work side by side
 
 
@@ -86,7 +89,11 @@ class ShardCounter:
         with ThreadPool(THREADS) as pool:
             sizes = {} if self.verify else read_sizes(urls, self.kinds, pool, self.progress)
             results = pool.imap(partial(self.count_or_error, sizes=sizes), urls)
-            results = tqdm(results, f"indexing {pattern}", len(todo), unit="shard", disable=None)
+            # A log file gets a line now and then, a terminal a bar that moves.
+            seconds = 0.1 if sys.stderr.isatty() else 10
+            results = tqdm(
+                results, f"indexing {pattern}", len(todo), unit="shard", mininterval=seconds
+            )
 
             for (name, url), result in zip(todo.items(), results):
                 self.progress(f"start-up, indexing {name}")
@@ -221,6 +228,11 @@ def remedy_for(url):
     if is_local(url):
         with suppress(OSError), open(url, "rb") as f:
             start = f.read(8)
+    if url.lower().endswith(TABLES):
+        return (
+            "it is a table: img2dataset makes shards out of one with URLs and captions "
+            "(docs/data.md)"
+        )
     for magic, program in COMPRESSED.items():
         if start.startswith(magic):
             return f"it is compressed ({program}), and a shard is a plain tar: unpack it"

@@ -22,6 +22,7 @@ import os
 import sys
 from collections import Counter
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 
 DEFAULT_TEMPLATES = ["a photo of a {c}"]
+NUM_LOOKED_AT = 100  # samples, before a run starts
 MAX_CLASS_BYTES = 9  # of KEY.cls: longer numbers are not of classes
 
 
@@ -77,21 +79,52 @@ def load_set(c, progress=lambda where: None):
 
 
 def check(c, progress=lambda where: None):
-    """Find and index the set as load_set does, and look at its first sample -> EvaluationSet.
+    """Find and index the set as load_set does, and look at its first samples -> EvaluationSet.
 
-    So a run can ask before it starts. Raises ConfigError if there is nothing to evaluate.
+    So a run can ask before it starts. Raises ConfigError if there is nothing to evaluate, or for
+    classes that are no numbers or have no name.
     """
     data = load_set(c, progress)
     caption_file = "json" if c.caption_key else "txt"
     first_shard = data.index.shards[0]
-    _, files = next(usable_samples(first_shard, (caption_file, "cls"), range(1)))
+    samples = usable_samples(first_shard, (caption_file, "cls"), range(NUM_LOOKED_AT))
+    first_files = [files for _, files in islice(samples, NUM_LOOKED_AT)]
 
-    if caption_file not in files and not data.names:
+    if caption_file not in first_files[0] and not data.names:
         raise ConfigError(
             f"{c.eval_data[0]} has classes (KEY.cls), but there is no classnames.txt beside it or "
             "in the folder above"
         )
+    try:
+        labels = [class_number(files) for files in first_files]
+    except BadSample as error:
+        raise ConfigError(
+            f"{first_shard}: {error}: KEY.cls holds the number of a class, counted from 0 in the "
+            "order of classnames.txt"
+        ) from error
+    if data.names:
+        check_class_numbers(labels, data.names, c.eval_data[0])
     return data
+
+
+def class_number(files):
+    """{extension: bytes} -> int, None if there is no KEY.cls. BadSample if it is not a number."""
+    label = files.get("cls")
+    if label is None:
+        return None
+    if not label.strip().isdigit() or len(label) > MAX_CLASS_BYTES:
+        raise BadSample("class is not a number")
+    return int(label)
+
+
+def check_class_numbers(labels, names, where):
+    """ConfigError if a label, int or None, has no name. where: the set, for the message."""
+    largest = max((label for label in labels if label is not None), default=0)
+    if largest >= len(names):
+        raise ConfigError(
+            f"class {largest} in {where}, but {CLASS_NAMES} has {len(names)} lines: classes are "
+            "counted from 0, or the file belongs to another set"
+        )
 
 
 def folder_of_set(patterns):
@@ -281,11 +314,7 @@ def evaluation_sample(files, size, caption_key):
     """
     image = evaluation_image(files, size)
 
-    label = files.get("cls")
-    if label is not None:
-        if not label.strip().isdigit() or len(label) > MAX_CLASS_BYTES:
-            raise BadSample("class is not a number")
-        label = int(label)
+    label = class_number(files)
 
     try:
         texts = captions(files, caption_key, lines=True)

@@ -184,6 +184,18 @@ def warn_of_shared_shards(train, evaluation):
         )
 
 
+def warn_of_repeated_shards(train):
+    """Warn, once, if shards are in the training data several times: an epoch sees them so often."""
+    count = Counter(real_path(url) for url in train.shards)
+    repeated = [path for path, times in count.items() if times > 1]
+    if repeated:
+        print(
+            f"warning: {len(repeated)} shards are in train_data more than once, for example "
+            f"{repeated[0]}: as their own negatives, too, they are seen that often in an epoch",
+            file=sys.stderr,
+        )
+
+
 def real_path(url):
     return os.path.realpath(url) if is_local(url) else url
 

@@ -5,13 +5,14 @@ import time
 
 import numpy as np
 
+from config import BadRun
 from ingest.tar import usable_samples
 from ingest.urls import is_local
 
 BACK_OFF = (1, 2, 4)  # seconds before an unreadable shard is tried again
 
 
-class ShardError(RuntimeError):
+class ShardError(BadRun):
     """A shard that could not be read. The message names it."""
 
 

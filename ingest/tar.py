@@ -1,5 +1,6 @@
 """Tar files read forwards: their members, and the samples that these make up."""
 
+import codecs
 import json
 import re
 import tarfile
@@ -178,6 +179,13 @@ def read_up_to_limit(tar, entry, extension):
     return content
 
 
+def text_of(data):
+    """The bytes of a text file -> str: UTF-8 or, if a mark at the beginning says so, UTF-16."""
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return data.decode("utf-16", "replace")
+    return data.decode("utf-8-sig", "replace")
+
+
 def captions(files, caption_key, lines=False):
     """The captions of a sample -> list of str, none of them empty, each up to MAX_CHARACTERS long.
 
@@ -189,7 +197,7 @@ def captions(files, caption_key, lines=False):
         if caption_key:
             value = json.loads(files["json"])[caption_key]
         else:
-            value = files["txt"].decode("utf-8", "replace")
+            value = text_of(files["txt"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadSample("no caption") from error
 

@@ -142,7 +142,7 @@ def existing_files(pattern, names):
         check_is_one_pattern(pattern)
         raise ConfigError(
             f"{pattern} matches no file, as seen from {os.getcwd()}: correct the pattern"
-            f"{nearest_name(paths[0] if paths else pattern)}"
+            f"{hint_at_files(paths[0] if paths else pattern)}"
         )
     if missing:
         raise ConfigError(
@@ -155,17 +155,28 @@ def existing_files(pattern, names):
     return paths
 
 
-def nearest_name(path):
+def hint_at_files(path):
+    """The end of the message about a path that is not there: a similar one, or how to make it."""
+    hint = nearest_name(path)
+    if not hint and re.match(r"data/\w+/", path):
+        return "; the built-in set emoji is made by `python -m tools.prepare emoji`"
+    return hint
+
+
+def nearest_name(path, is_file=True):
     """A hint: the name spelt most alike in the place of that part of a path which is not there."""
     parent, name = os.path.split(path.rstrip("/"))
     if parent and not os.path.isdir(parent):
-        return nearest_name(parent)
+        return nearest_name(parent, is_file=False)
     if glob.has_magic(name):
         return ""
     try:
-        return nearest(name, os.listdir(parent or "."))
+        found = os.listdir(parent or ".")
     except OSError:
         return ""
+    if not is_file:
+        found = [other for other in found if os.path.isdir(os.path.join(parent, other))]
+    return nearest(name, found)
 
 
 def check_is_one_pattern(pattern):

@@ -14,7 +14,7 @@ import torch
 import dist
 from config import BadRun, ConfigError, stop_seconds
 from ingest import evaluation
-from ingest.index import load_index, warn_of_shared_shards
+from ingest.index import load_index, warn_of_repeated_shards, warn_of_shared_shards
 from runtime import checkpoint, hardware
 from runtime.log import Log, check_packages
 from runtime.ranks import Interrupted, Vote, from_first_rank
@@ -89,7 +89,7 @@ class Job:
     def fail(self, error):
         """Tell the other ranks why this one ends; keep a checkpoint that is still being written."""
         if self.saver and (isinstance(error, BadRun) or dist.world_size() == 1):
-            # It was begun before the error, and every rank is here to complete it.
+            # It was begun before the error, and the threads of all ranks complete it.
             self.saver.wait()
         if self.watchdog:
             self.watchdog.failed(error)
@@ -138,6 +138,7 @@ class Job:
             count_remote=c.index_remote,
             allow_left_out=c.allow_left_out,
         )
+        from_first_rank(warn_of_repeated_shards, index)
         if c.eval_data:
             evaluated = self.once(evaluation.check, c)
             from_first_rank(warn_of_shared_shards, index, evaluated.index)

@@ -77,6 +77,9 @@ def test_the_papers_figures():
         (["--crop_scale=(0.9,0.1)"], "crop_scale"),
         (["--lr=-1"], "must not be negative"),
         (["--train_data=[1]"], "must hold strings"),
+        (["--train_data=0.tar", "--train_data=1.tar"], "more than once: put the pattern in quotes"),
+        (["--resume=True"], r"it must be str \(resume: none, auto \(the newest"),
+        (["--crop_scale=0.9"], "it must be tuple .*smallest and largest share"),
     ],
 )
 def test_bad_settings_are_refused_with_a_word(words, message):

@@ -328,7 +328,13 @@ def test_captions_that_are_hard_to_read():
     tokenize = data.Tokenizer(77)
     for content in (b'{"t": "\\ud800 \\u0000 x"}', b'{"t": "\\u202e"}'):
         assert tokenize(tar_files.captions({"json": content}, "t")).shape == (1, 77)
-    assert tar_files.captions({"txt": b"\xff\xfe bytes"}, "") == ["\ufffd\ufffd bytes"]
+    assert tar_files.captions({"txt": b"\xff bytes"}, "") == ["\ufffd bytes"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_as_windows_writes_them(encoding):
+    """A mark at the beginning says that a text is UTF-16; it is not part of the caption."""
+    assert tar_files.captions({"txt": "ein Bär\r\n".encode(encoding)}, "") == ["ein Bär"]
 
 
 def test_classes_that_are_no_numbers():

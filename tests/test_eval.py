@@ -411,8 +411,10 @@ def test_bad_samples_are_left_out_and_counted(tmp_path, sets):
 def test_the_class_list_of_another_set_is_refused(tmp_path):
     path = write_classes(tmp_path / "test")
     (tmp_path / "test" / "classnames.txt").write_text("\n".join(shapes.CLASSES[:20]) + "\n")
-    check(config.load(words_of(eval_data=path)))
-    with pytest.raises(ConfigError, match="class 23 .* classnames.txt has 20 lines"):
+    message = "class 23 .* classnames.txt has 20 lines"
+    with pytest.raises(ConfigError, match=message):
+        check_set(path)
+    with pytest.raises(ConfigError, match=message):
         evaluate(path, str(tmp_path / "run"))
 
 
@@ -480,8 +482,20 @@ def test_a_class_list_that_cannot_be_used_is_refused(tmp_path, names, templates,
         check_set(pattern)
 
 
+@pytest.mark.parametrize(
+    "label, message",
+    [(b"2", "class 2 in .*classnames.txt has 2 lines"), (b"cat", "class is not a number: KEY.cls")],
+)
+def test_classes_without_a_name_are_refused_before_the_run(tmp_path, label, message):
+    pattern = write_shards(tmp_path / "a", (3,), s0={"cls": b"0"}, s2={"cls": label})
+    (tmp_path / "a" / "classnames.txt").write_text("red\nblue\n")
+    with pytest.raises(ConfigError, match=message):
+        check_set(pattern)
+
+
 def test_class_names_that_occur_twice_are_named(tmp_path, capsys):
-    check_set(write_class_list(tmp_path / "test", ["a crane", "a dog", "a crane"]))
+    names = ["a crane", "a dog", *shapes.CLASSES[2:-1], "a crane"]
+    check_set(write_class_list(tmp_path / "test", names))
     assert "classnames.txt has names that occur twice: 'a crane'" in capsys.readouterr().err
 
 

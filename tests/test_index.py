@@ -334,6 +334,30 @@ def test_command_line(tmp_path, capsys):
         or_exit(index.main, [str(tmp_path / "b.tar")])
 
 
+def test_shards_that_are_trained_on_twice_are_noted(tmp_path, capsys):
+    pattern = write_shards(tmp_path / "a", (4, 4))
+    index.warn_of_repeated_shards(load_index(pattern))
+    assert "warning" not in capsys.readouterr().err
+    index.warn_of_repeated_shards(load_index((pattern, f"{tmp_path}/a/00001.tar")))
+    assert "1 shards are in train_data more than once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "PAIRS.TSV", "0000.parquet", "pairs.jsonl"])
+def test_a_table_in_place_of_shards(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("url,caption\n" * 100)
+    with pytest.raises(ConfigError, match="it is a table: img2dataset makes shards"):
+        load_index(str(path))
+
+
+def test_a_built_in_set_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.py").touch()
+    with pytest.raises(ConfigError, match="tools.prepare emoji") as error:
+        load_index("data/emoji/train/*.tar")
+    assert "data.py" not in str(error.value)
+
+
 def test_verify_fails_if_samples_are_bad(tmp_path, capsys):
     bad = {"s2": {"webp": b"?"}, "s6": {"jpg": b"?"}, "s7": {"txt": b""}}
     pattern = write_shards(tmp_path / "a", (4, 4), **bad)

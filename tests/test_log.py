@@ -10,11 +10,13 @@ import tarfile
 import pytest
 import torch
 
+import config
 import shapes
 import train as training
 from helpers import SHORT_RUN, TINY, refused, train, words_of
 from runtime import ranks
 from runtime.log import MetricsFile
+from samples import write_shards
 
 # ---- runs that do not learn ----
 
@@ -184,6 +186,14 @@ def test_bad_samples_are_counted_over_all_jobs(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_samples_of_which_none_is_good_end_the_run_in_one_line(tmp_path):
+    empty = {f"s{i}": {"txt": b" "} for i in range(160)}
+    pattern = write_shards(tmp_path / "set", (160,), **empty)
+    settings = {**TINY, "train_data": pattern, "out_dir": str(tmp_path / "run")}
+    with pytest.raises(SystemExit, match="error: .* bad samples in a row.*'empty caption'"):
+        config.or_exit(training.main, words_of(**settings))
+
+
 def test_too_many_bad_samples_stop_the_run(tmp_path, capsys):
     """More than 1 %."""
     sets = dict(train_data=write_shapes_with_bad_images(tmp_path / "many", 4))
