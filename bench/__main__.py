@@ -324,7 +324,7 @@ def add_job_options(group):
         type=float,
         help="after so many, nothing more is started; 0: no limit (default: 0, in gpu 8)",
     )
-    add("--retry", action="store_true", help="measure again what has failed")
+    add("--retry", action="store_true", help="measure again what failed, or missed its goal")
     add("--toy", action="store_true", help="gpu: tiny models, nothing compiled, to try it anywhere")
 
 

@@ -26,7 +26,7 @@ class Job(NamedTuple):
 def run_missing(jobs, args, show):
     """Run the jobs whose rows are not in the file args.out, and save each one's rows at once.
 
-    With args.retry, those that have failed there are run again. After args.minutes (0: no limit)
+    With args.retry, those that failed there, or missed a goal, are run again. After args.minutes (0: no limit)
     no job is started, nor one that would end later by its estimate, except for the first.
     show: function of all rows of the file, called whenever they change.
     Returns all rows of the file.
@@ -54,9 +54,9 @@ def run_missing(jobs, args, show):
 
 
 def is_missing(job, rows, retry):
-    """Whether a job has no rows, or with `retry` a failed one."""
+    """Whether a job has no rows, or with `retry` one that failed or missed its goal."""
     own_rows = [row for row in rows if row.get("job") == job.name]
-    if retry and failures(own_rows):
+    if retry and (failures(own_rows) or missed(own_rows)):
         return True
     return not own_rows
 
@@ -73,6 +73,11 @@ def attempt(job):
 
 def failures(rows):
     return [row for row in rows if "failed" in row]
+
+
+def missed(rows):
+    """Those rows that have a goal and do not meet it."""
+    return [row for row in rows if not row.get("met", True)]
 
 
 def exit_status(rows):

@@ -125,7 +125,7 @@ def clock(monkeypatch):
     return seconds
 
 
-def make_jobs(clock, ran, broken=()):
+def make_jobs(clock, ran, broken=(), slow=()):
     """Three jobs of three minutes, which append their names to `ran`."""
 
     def run(args):
@@ -133,7 +133,8 @@ def make_jobs(clock, ran, broken=()):
         clock[0] += 180
         if args.name in broken:
             raise ValueError("two lines\nof text")
-        return [report.row("job", args.name, {}, "ms", [1.0])]
+        met = args.name not in slow
+        return [report.row("job", args.name, {}, "ms", [1.0], goal="to be fast", met=met)]
 
     result = []
     for name in ("one", "two", "three"):
@@ -142,10 +143,10 @@ def make_jobs(clock, ran, broken=()):
     return result
 
 
-def go(folder, clock, ran, broken=(), minutes=0, retry=False):
+def go(folder, clock, ran, minutes=0, retry=False, **faults):
     args = argparse.Namespace(out=str(folder / "b.json"), minutes=minutes, retry=retry)
     shown = []
-    rows = jobs.run_missing(make_jobs(clock, ran, broken), args, shown.append)
+    rows = jobs.run_missing(make_jobs(clock, ran, **faults), args, shown.append)
     assert not shown or shown[-1] == rows
     return rows
 
@@ -163,7 +164,7 @@ def test_only_what_is_missing_is_run(tmp_path, clock):
 
 def test_what_failed_is_noted_and_run_again_when_asked(tmp_path, clock):
     ran = []
-    rows = go(tmp_path, clock, ran, broken=["two"])
+    rows = go(tmp_path, clock, ran, broken=["two"], slow=["three"])
     assert ran == ["one", "two", "three"]
     (failed,) = jobs.failures(rows)
     assert failed["failed"] == "ValueError: two lines"
@@ -172,8 +173,9 @@ def test_what_failed_is_noted_and_run_again_when_asked(tmp_path, clock):
     go(tmp_path, clock, ran)
     assert len(ran) == 3
     rows = go(tmp_path, clock, ran, retry=True)
-    assert ran[3:] == ["two"]
+    assert ran[3:] == ["two", "three"]
     assert not jobs.failures(rows), "its rows replace the failed one"
+    assert not jobs.missed(rows)
     assert jobs.exit_status(rows) == 0
 
 
