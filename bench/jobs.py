@@ -26,8 +26,9 @@ class Job(NamedTuple):
 def run_missing(jobs, args, show):
     """Run the jobs whose rows are not in the file args.out, and save each one's rows at once.
 
-    With args.retry, those that failed there, or missed a goal, are run again. After args.minutes (0: no limit)
-    no job is started, nor one that would end later by its estimate, except for the first.
+    With args.retry, those that failed there, or missed a goal, are run again.
+    After args.minutes (0: no limit) no job is started, nor one that would end later by its
+    estimate, except for the first.
     show: function of all rows of the file, called whenever they change.
     Returns all rows of the file.
     """
