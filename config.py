@@ -187,6 +187,10 @@ class Config:
     wandb: str = ""
     # Print what this config would do, and stop.
     plan: bool = False
+    # Samples per second of one GPU, for the plan; 0: what others have published.
+    plan_speed: float = 0.0
+    # Price of a GPU-hour in dollars, for the plan; 0: no costs are shown.
+    plan_price: float = 0.0
 
     # ---- the machine (dist.py, runtime/hardware.py) ----
 
@@ -241,7 +245,15 @@ MODEL_KEYS = (
 )
 
 # Settings of a job. Two jobs of one run may differ in them.
-JOB_KEYS = ("out_dir", "resume", "resume_changes", "stop_after", "plan")
+JOB_KEYS = (
+    "out_dir",
+    "resume",
+    "resume_changes",
+    "stop_after",
+    "plan",
+    "plan_speed",
+    "plan_price",
+)
 
 # What users of open_clip, and of the published FastCLIP code, may type: what to write here.
 # fmt: off
@@ -523,6 +535,8 @@ NOT_NEGATIVE = (
     "lr_tau",
     "loss_tile",
     "allow_left_out",
+    "plan_speed",
+    "plan_price",
 )
 POSITIVE = ("batch_size", "epochs", "keep", "log_steps", "eval_batch", "bucket_mb", "timeout")
 

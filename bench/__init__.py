@@ -8,11 +8,14 @@ or a schedule, and nothing outside this folder imports it, except its tests.
     __main__.py                            the command line, and what the mode `all` runs
     step, loader, loss, wire,
     breakdown, plan (.py)                  one file per mode: run(args) -> rows of results
+    gpu.py                                 the mode `gpu`: a GPU's first half hour, in parts
+    checks.py, end_to_end.py               what its parts A and D measure beside the modes
+    jobs.py                                several measurements, continued where they stopped
     ours.py, baselines.py                  the two sides: trainers with the same interface
     harness.py                             processes that take turns, ranks on this machine
     made_data.py                           the pictures and captions that both sides are measured on
     measure.py                             time, peak memory, and a profile taken apart
-    report.py, picture.py                  the results file (JSON), a table, a picture
+    report.py, picture.py, page.py         the results file (JSON), a table, a picture, a page
 """
 
 import os

@@ -14,6 +14,8 @@
         the time of a step predicted, checked against a real run, and projected over nodes
     python -m bench all
         all of it, for docs/performance.md: 22 minutes on two quiet cores; on GPUs at their sizes
+    python -m bench gpu
+        a GPU's first half hour, in four parts: what is right, how fast a step is, and a whole run
 
 How it measures:
 * Each side has a fresh process of its own, in which its memory is measured: on a GPU the
@@ -26,7 +28,9 @@ How it measures:
 * MFU is useful work, without padding, over the rate of a matrix product that is measured in the
   same rounds.
 
-Rows are merged into the file --out, and all rows there are drawn into --plot.
+Rows are merged into the file --out, and all rows there are drawn into --plot. A side that fails,
+for lack of memory, say, has a row that says so; the exit status is then 1. `all` and `gpu` leave
+out what the file already has, so after an interruption the same command goes on.
 """
 
 import argparse
@@ -34,11 +38,25 @@ import importlib.util
 import os
 import re
 import sys
+from functools import partial
 
 import torch
 
 import config as configs
-from bench import baselines, breakdown, harness, loader, loss, picture, plan, report, step, wire
+from bench import (
+    baselines,
+    breakdown,
+    gpu,
+    harness,
+    jobs,
+    loader,
+    loss,
+    picture,
+    plan,
+    report,
+    step,
+    wire,
+)
 from config import ConfigError
 from loss import ALGORITHMS
 
@@ -92,25 +110,33 @@ ON_SEVERAL_GPUS = [
 
 
 def main(argv):
+    """Measure what the command line asks for; returns the exit status."""
     args = parse(argv)
     # Refuse what cannot work before anything is measured.
     baselines.load()
+    if args.released:
+        baselines.check_clone(args.released)
     report.check(args.out)
 
-    for mode, settings in runs(args):
-        rows = MODES[mode](settings)
+    if args.mode == "gpu":
+        rows = jobs.run_missing(gpu.jobs_of(args), args, partial(gpu.show, args))
+    elif args.mode == "all":
+        rows = jobs.run_missing(jobs_of_all(args), args, partial(picture.draw, path=args.plot))
+    else:
+        rows = MODES[args.mode](with_defaults(args))
         report.print_table(rows)
-        all_rows = report.save(rows, args.out)
-        picture.draw(all_rows, args.plot)
+        picture.draw(report.save(rows, args.out), args.plot)
+    return jobs.exit_status(rows)
 
 
-def runs(args):
-    """The runs that the command line asks for: [(mode, its arguments)]."""
-    if args.mode != "all":
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        settings = {**DEFAULTS[args.mode], **given}
-        return [(args.mode, harness.changed(args, **settings))]
+def with_defaults(args):
+    """The arguments with the mode's defaults, where the command line says nothing else."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return harness.changed(args, **{**DEFAULTS[args.mode], **given})
 
+
+def jobs_of_all(args):
+    """The list of Jobs that the mode `all` runs on this machine."""
     chosen = ON_A_CPU
     if harness.device_of(args).type == "cuda":
         chosen = ON_A_GPU
@@ -119,8 +145,9 @@ def runs(args):
 
     result = []
     for mode, changes in chosen:
-        settings = {**DEFAULTS[mode], **changes}
-        result.append((mode, harness.changed(args, **settings)))
+        job_args = harness.changed(args, **{**DEFAULTS[mode], **changes})
+        words = [mode, *(f"{key}={value}" for key, value in changes.items() if key != "numbers")]
+        result.append(jobs.Job(" ".join(words), MODES[mode], job_args))
     return result
 
 
@@ -133,8 +160,18 @@ def parse(argv):
     on_gpu = harness.device_of(args).type == "cuda"
     if not args.precision:
         args.precision = "bf16" if on_gpu else "fp32"
+    if args.toy and not args.out:
+        raise ConfigError("--toy needs --out=FILE, since its figures are no results to keep")
     if not args.out:
         args.out = f"assets/bench_{'gpu' if on_gpu else 'cpu'}.json"
+    if args.minutes is None:
+        args.minutes = 8.0 if args.mode == "gpu" else 0.0
+    if args.mode == "gpu" and not args.limit:
+        args.limit = 300.0
+    if args.mode == "gpu" and not on_gpu and not args.toy:
+        raise ConfigError(
+            "gpu measures a GPU, and torch sees none here: --toy tries it on a CPU, at toy size"
+        )
     if not args.plot:
         args.plot = os.path.splitext(args.out)[0] + ".png"
 
@@ -159,12 +196,13 @@ def parser():
     add_loss_options(parser.add_argument_group("loss"))
     add_rank_options(parser.add_argument_group("wire, breakdown, plan"))
     add_plan_options(parser.add_argument_group("plan"))
+    add_job_options(parser.add_argument_group("all, gpu"))
     return parser
 
 
 def add_common_options(parser):
     add = parser.add_argument
-    add("mode", choices=[*MODES, "all"])
+    add("mode", choices=[*MODES, "all", "gpu"])
     add(
         "shards",
         nargs="?",
@@ -185,6 +223,12 @@ def add_common_options(parser):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--algorithm", default="fastclip-v3", choices=list(ALGORITHMS), help="step, plan")
     add("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
+    add(
+        "--limit",
+        type=float,
+        default=0.0,
+        help="seconds in which a measuring process must answer; 0: any time, in gpu 300",
+    )
     add("--out", help="default: assets/bench_cpu.json, or bench_gpu.json where there is a GPU")
     add("--plot", help="default: as --out, with .png")
 
@@ -196,6 +240,11 @@ def add_step_options(group):
         "--released",
         default="",
         help="a clone of github.com/Optimization-AI/fast_clip, to measure it, too",
+    )
+    add(
+        "--on_device",
+        action="store_true",
+        help="the batches are on the device before the first step, for both sides",
     )
     add("--steps", type=int, default=0, help="steps in a turn; 0: 1, or 20 on a GPU")
 
@@ -267,6 +316,18 @@ def add_plan_options(group):
     add("--alpha", type=float, default=10.0, help="latency of a message, microseconds")
 
 
+def add_job_options(group):
+    add = group.add_argument
+    add("--part", default="", choices=["", *gpu.PARTS], help="gpu: this one only; default: all")
+    add(
+        "--minutes",
+        type=float,
+        help="after so many, nothing more is started; 0: no limit (default: 0, in gpu 8)",
+    )
+    add("--retry", action="store_true", help="measure again what failed, or missed its goal")
+    add("--toy", action="store_true", help="gpu: tiny models, nothing compiled, to try it anywhere")
+
+
 def model_numbers(text):
     """vision_layers=(1,1,1,1),vision_width=16 -> {"vision_layers": (1, 1, 1, 1), ...}."""
     # At commas that are not inside of parentheses.
@@ -279,4 +340,4 @@ def model_numbers(text):
 
 
 if __name__ == "__main__":
-    configs.or_exit(main, sys.argv[1:])
+    sys.exit(configs.or_exit(main, sys.argv[1:]))

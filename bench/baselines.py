@@ -89,13 +89,8 @@ def published():
 
 def released(folder):
     """The released code. Raises ConfigError if the folder is no clone, or cannot be imported."""
-    source = os.path.join(folder, "src")
-    if not os.path.isdir(os.path.join(source, "fast_clip")):
-        raise ConfigError(
-            f"{source} has no fast_clip: git clone https://github.com/Optimization-AI/fast_clip, "
-            "and name the clone"
-        )
-    sys.path.insert(0, source)
+    check_clone(folder)
+    sys.path.insert(0, os.path.join(folder, "src"))
 
     # It asks for its rank, and gathers, even if it is alone.
     if not c10d.is_initialized():
@@ -108,6 +103,16 @@ def released(folder):
         load("training.train", remedy).train_one_epoch,
         load("training.scheduler", remedy).cosine_lr,
     )
+
+
+def check_clone(folder):
+    """Raises ConfigError if the folder is no clone of the released code."""
+    source = os.path.join(folder, "src")
+    if not os.path.isdir(os.path.join(source, "fast_clip")):
+        raise ConfigError(
+            f"{source} has no fast_clip: git clone https://github.com/Optimization-AI/fast_clip, "
+            "and name the clone"
+        )
 
 
 # ---- a training step ----

@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import sys
 import traceback
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from config import ConfigError
 from runtime import ranks
 
 SPAWN = multiprocessing.get_context("spawn")
+
+END_SECONDS = 5  # that a process has to end by itself
 
 
 # ---- settings ----
@@ -72,6 +75,35 @@ def model_shape(args):
 # ---- processes that take turns ----
 
 
+class WorkerError(RuntimeError):
+    """A process did not measure what it was asked for.
+
+    reason: one line. details: the traceback, if there is one.
+    """
+
+    def __init__(self, reason, details=""):
+        super().__init__(reason, details)
+        self.reason = reason
+        self.details = details
+
+    def __str__(self):
+        return self.details or self.reason
+
+
+class Failed(NamedTuple):
+    """In place of what a side should have measured: why it did not."""
+
+    reason: str  # one line
+
+
+def reason_of(error):
+    """An exception as one line: "OutOfMemoryError: CUDA out of memory. Tried to ..."."""
+    if isinstance(error, WorkerError):
+        return error.reason
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
 class Worker:
     """The generator function(*args) in a fresh process, so that its memory and threads are its own.
 
@@ -88,13 +120,19 @@ class Worker:
     def send(self, request=None):
         self.pipe.send(request)
 
-    def receive(self):
-        """The next value. Raises what the generator raised, or RuntimeError if the process died."""
+    def receive(self, limit=None):
+        """The next value. limit: seconds to wait for it; None or 0: for ever.
+
+        Raises ConfigError if the generator did, and WorkerError for its other exceptions, if the
+        process died, and after the limit.
+        """
+        if limit and not self.pipe.poll(limit):
+            raise WorkerError(f"no answer within {limit:g} seconds")
         try:
             value = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise RuntimeError(
+            raise WorkerError(
                 f"a measuring process died with exit status {self.process.exitcode}: see its "
                 "messages above"
             ) from None
@@ -105,7 +143,7 @@ class Worker:
     def close(self):
         # A process that waits for a request ends when the pipe is closed.
         self.pipe.close()
-        self.process.join(5)
+        self.process.join(END_SECONDS)
         self.process.terminate()
 
 
@@ -122,19 +160,33 @@ def serve(pipe, function, args):
                 value = generator.send(request)
             except ConfigError as error:
                 value = error
-            except Exception:
-                value = RuntimeError(traceback.format_exc())
+            except Exception as error:
+                value = WorkerError(reason_of(error), traceback.format_exc())
             pipe.send(value)
     ranks.leave()
 
 
-def take_turns(workers, requests, label):
+def in_a_process(function, args):
+    """The first value of the generator function(args), in a process of its own."""
+    worker = Worker(function, args)
+    try:
+        worker.send()
+        return worker.receive(args.limit)
+    finally:
+        worker.close()
+
+
+def take_turns(workers, requests, label, limit=None):
     """Send every request to each side in turn, in an order that is reversed every time.
 
-    workers: {side: Worker}. They are closed at the end, whatever happens.
-    Returns {side: [a value for each request]}. The values that say "set up" are left out.
+    workers: {side: Worker}. They are closed at the end, whatever happens. limit: seconds in which
+    a request must be answered.
+    Returns {side: [a value for each request]}. The values that say "set up" are left out. A side
+    that fails, for lack of memory, say, is closed and asked no more, so that the others have the
+    machine to themselves: from then on its values are Failed. A ConfigError is raised.
     """
     values = {side: [] for side in workers}
+    failures = {}  # side -> Failed
     set_up = None
     try:
         for number, request in enumerate(tqdm([set_up, *requests], desc=label, leave=False)):
@@ -142,25 +194,48 @@ def take_turns(workers, requests, label):
             if number % 2 == 0:
                 sides.reverse()
             for side in sides:
-                workers[side].send(request)
-                values[side].append(workers[side].receive())
+                if side in failures:
+                    values[side].append(failures[side])
+                    continue
+
+                value = ask(workers[side], request, f"{label}, {side}", limit)
+                values[side].append(value)
+                if isinstance(value, Failed):
+                    failures[side] = value
+                    workers[side].close()
     finally:
         for worker in workers.values():
             worker.close()
     return {side: of_side[1:] for side, of_side in values.items()}
 
 
+def ask(worker, request, label, limit):
+    """The worker's next value, or Failed, which is also printed."""
+    try:
+        worker.send(request)
+        return worker.receive(limit)
+    except (RuntimeError, OSError) as error:
+        print(f"{label} failed: {error}", file=sys.stderr, flush=True)
+        return Failed(reason_of(error))
+
+
+def measured(values):
+    """Those of a side's values that are not Failed."""
+    return [value for value in values if not isinstance(value, Failed)]
+
+
 # ---- ranks on this machine ----
 
 
-def on_ranks(num_ranks, function, args, *more, label=""):
+def on_ranks(num_ranks, function, args, *more, label="", share_gpu=False):
     """Run the generator function(args, *more) on ranks of this machine, which share its cores.
 
+    share_gpu: several ranks may have the same GPU (dist.init), which is for tests only.
     Returns the first value that each rank yields, in rank order. Raises ConfigError if there are
     fewer GPUs than ranks, and what the first rank to fail raised.
     """
     gpus = torch.cuda.device_count()
-    if device_of(args).type == "cuda" and num_ranks > gpus:
+    if device_of(args).type == "cuda" and num_ranks > gpus and not share_gpu:
         raise ConfigError(
             f"{label} needs a GPU for each of {num_ranks} ranks, and there are {gpus} here: lower "
             "--ranks or --check_ranks, or use --device=cpu --out=FILE"
@@ -168,28 +243,32 @@ def on_ranks(num_ranks, function, args, *more, label=""):
 
     port = free_port()
     workers = [
-        Worker(run_as_rank, rank, num_ranks, port, function, (args, *more))
+        Worker(run_as_rank, rank, num_ranks, port, share_gpu, function, (args, *more))
         for rank in range(num_ranks)
     ]
     try:
         for worker in workers:
             worker.send()
-        return receive_in_any_order(workers, label)
+        return receive_in_any_order(workers, label, args.limit)
     finally:
         for worker in workers:
             worker.close()
 
 
-def receive_in_any_order(workers, label):
+def receive_in_any_order(workers, label, limit):
     """One value of each worker, in the workers' order.
 
-    Whoever has a value is received first: if a rank fails, the others wait for it in vain.
+    Whoever has a value is received first: if a rank fails, the others wait for it in vain. Raises
+    WorkerError if for `limit` seconds (0: for ever) none has one.
     """
     waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
     values = [None] * len(workers)
     with tqdm(total=len(workers), desc=label, leave=False) as progress:
         while waiting:
-            for pipe in multiprocessing.connection.wait(list(waiting)):
+            ready = multiprocessing.connection.wait(list(waiting), limit or None)
+            if not ready:
+                raise WorkerError(f"{label}: no rank answered within {limit:g} seconds")
+            for pipe in ready:
                 rank = waiting.pop(pipe)
                 values[rank] = workers[rank].receive()
                 progress.update()
@@ -202,7 +281,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_as_rank(rank, num_ranks, port, function, args):
+def run_as_rank(rank, num_ranks, port, share_gpu, function, args):
     """The generator function(*args) in the environment that torchrun would give to this rank."""
     os.environ.update(
         RANK=str(rank),
@@ -212,6 +291,8 @@ def run_as_rank(rank, num_ranks, port, function, args):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    if share_gpu:
+        os.environ["FASTCLIP_SHARE_GPUS"] = "1"
     torch.set_num_threads(max(1, cores() // num_ranks))
     yield from function(*args)
 

@@ -34,7 +34,8 @@ def run(args):
 
         sides = ["open_clip", *(f"ours, {decoder}" for decoder in args.decoders)]
         workers = {side: harness.Worker(worker, args, side, shards, count) for side in sides}
-        turns = harness.take_turns(workers, [None] * args.rounds, f"loader {source}")
+        requests = [None] * args.rounds
+        turns = harness.take_turns(workers, requests, f"loader {source}", args.limit)
 
     settings = dict(
         source=source,
@@ -44,6 +45,10 @@ def run(args):
     )
     rows = []
     for side, of_side in turns.items():
+        if isinstance(of_side[-1], harness.Failed):
+            rows.append(report.failed("loader", side, settings, of_side[-1].reason))
+            continue
+
         row = report.row(
             "loader",
             side,

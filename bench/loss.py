@@ -21,26 +21,34 @@ def run(args):
     sides = ("ours", f"ours, loss_tile={args.tile}", "open_clip")
     workers = {side: harness.Worker(worker, args, side, embed_dim) for side in sides}
     requests = sizes * args.rounds
-    turns = harness.take_turns(workers, requests, "loss")
+    turns = harness.take_turns(workers, requests, "loss", args.limit)
     sample_seconds = seconds_per_sample(args)
 
     rows = []
     for number, (b, B) in enumerate(sizes):
         for side in sides:
-            # Every round measured each size once.
+            # Every round measured each size once, until the side failed.
             rounds = turns[side][number :: len(sizes)]
-            milliseconds = [1000 * seconds for seconds, _ in rounds]
-            peaks = [peak_bytes for _, peak_bytes in rounds]
-
             settings = dict(b=b, B=B, d=embed_dim, precision=args.precision)
-            row = report.row("loss", side, settings, "ms", milliseconds)
-            row["gathered_bytes"] = 2 * B * embed_dim * 4
-            row["peak_bytes"] = statistics.median(peaks)
-            if number == 0:
+            row = row_of(side, settings, rounds)
+            if number == 0 and "median" in row and sample_seconds:
                 row["share_of_step"] = row["median"] / 1000 / (sample_seconds * b)
                 row["step"] = f"{args.model}, {b} samples as fast as {step_args(args).batch}"
             rows.append(row)
     return rows
+
+
+def row_of(side, settings, rounds):
+    """The row of a side at one size. rounds: (seconds, peak bytes) or Failed for each round."""
+    measured = harness.measured(rounds)
+    if not measured:
+        return report.failed("loss", side, settings, rounds[-1].reason)
+
+    milliseconds = [1000 * seconds for seconds, _ in measured]
+    row = report.row("loss", side, settings, "ms", milliseconds)
+    row["gathered_bytes"] = 2 * settings["B"] * settings["d"] * 4
+    row["peak_bytes"] = statistics.median([peak_bytes for _, peak_bytes in measured])
+    return row
 
 
 def sizes_of(b, B):
@@ -60,11 +68,15 @@ def step_args(args):
 
 
 def seconds_per_sample(args):
-    """The time of our training step, per sample."""
+    """The time of our training step, per sample; None if it failed."""
     args = step_args(args)
     workers = {"ours": harness.Worker(step.worker, args, "ours")}
-    turns = harness.take_turns(workers, [None] * min(3, args.rounds), f"step {args.model}")
-    return statistics.median(turn.seconds for turn in turns["ours"]) / args.batch
+    requests = [None] * min(3, args.rounds)
+    turns = harness.take_turns(workers, requests, f"step {args.model}", args.limit)
+    measured = harness.measured(turns["ours"])
+    if not measured:
+        return None
+    return statistics.median(turn.seconds for turn in measured) / args.batch
 
 
 def worker(args, side, embed_dim):

@@ -201,8 +201,17 @@ def pinned(batches, device):
     result = []
     for batch in batches:
         fields = [x.pin_memory() if isinstance(x, torch.Tensor) else x for x in batch]
+        result.append(data.Batch(*fields) if isinstance(batch, data.Batch) else tuple(fields))
+    return result
+
+
+def on_device(batches, device):
+    """The batches (data.Batch or tuples) with images and tokens in the device's memory."""
+    result = []
+    for batch in batches:
+        images, tokens = batch[0].to(device), batch[1].to(device)
         if isinstance(batch, data.Batch):
-            result.append(data.Batch(*fields))
+            result.append(batch._replace(images=images, tokens=tokens))
         else:
-            result.append(tuple(fields))
+            result.append((images, tokens, *batch[2:]))
     return result

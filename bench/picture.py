@@ -7,6 +7,8 @@ import statistics
 from collections import defaultdict
 from itertools import chain
 
+from bench import report
+
 BAR_WIDTH = 0.8  # of all bars of a group together
 LINK_STYLES = (":", "--", "-")
 SMALL = 8  # font size, points
@@ -20,7 +22,7 @@ def draw(rows, path):
     import matplotlib.pyplot as plt
 
     by_mode = defaultdict(list)
-    for row in rows:
+    for row in report.with_values(rows):
         by_mode[row["mode"]].append(row)
     projected = [row for row in by_mode["plan"] if "nodes" in row]
 
@@ -188,7 +190,7 @@ def label_ratios(axis, drawn):
     """Write the ratio to open_clip above each of our bars."""
     for side, (bars, rows) in drawn.items():
         if side.startswith("ours"):
-            ratios = [f"{row['ratio']:.2f}x" for row in rows]
+            ratios = [f"{row['ratio']:.2f}x" if "ratio" in row else "" for row in rows]
             axis.bar_label(bars, ratios, fontsize=SMALL)
 
 
@@ -197,6 +199,8 @@ def step_group(row):
     lines = [settings["model"], f"batch {settings['batch']}"]
     if settings["precision"] != "fp32":
         lines.append(settings["precision"])
+    if settings.get("on_device"):
+        lines.append("on the device")
     return "\n".join(lines)
 
 

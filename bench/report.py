@@ -1,7 +1,9 @@
 """What was measured: rows, added to a JSON file with where, when and of what they are; and a table.
 
-A row: mode, side, settings, unit, all (a value for each round), median, and what the mode adds. The
-file: machine, rows, and in each row the commit, date, load and versions that it was measured with.
+A row: mode, side, settings, unit, all (a value for each round), median, and what the mode adds. In
+place of unit, all and median it may have `failed` or `skipped`, which say why there is no value.
+The file: machine, rows, and in each row the commit, date, load and versions that it was measured
+with, and the job that measured it, if it was one of several (bench/jobs.py).
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import os
 import platform
 import statistics
 import subprocess
+import textwrap
 
 import torch
 
@@ -38,17 +41,35 @@ def row(mode, side, settings, unit, values, **more):
     )
 
 
+def failed(mode, side, settings, reason, **more):
+    """The row of what could not be measured. reason: one line."""
+    return dict(mode=mode, side=side, settings=settings, failed=reason, **more)
+
+
+def skipped(mode, side, settings, reason):
+    """The row of what this machine cannot measure. reason: one line."""
+    return dict(mode=mode, side=side, settings=settings, skipped=reason)
+
+
+def with_values(rows):
+    """Those rows that have values."""
+    return [row for row in rows if "all" in row]
+
+
 def with_ratios(rows):
     """The rows, each with its `ratio` to open_clip: the median of the ratios within a round.
 
-    Compiled sides are compared with the compiled open_clip. Where CPU time was measured (all
-    threads, spinning included), `cpu_ratio` is open_clip's over the side's: the steadier ratio if
-    others work on the same machine.
+    Compiled sides are compared with the compiled open_clip. If that failed, there is no ratio.
+    Where CPU time was measured (all threads, spinning included), `cpu_ratio` is open_clip's over
+    the side's: the steadier ratio if others work on the same machine.
     """
-    by_side = {row["side"]: row for row in rows}
-    for row in rows:
+    measured = with_values(rows)
+    by_side = {row["side"]: row for row in measured}
+    for row in measured:
         compiled = row["side"].endswith("compiled")
-        baseline = by_side["open_clip compiled" if compiled else "open_clip"]
+        baseline = by_side.get("open_clip compiled" if compiled else "open_clip")
+        if not baseline:
+            continue
         row["ratio"] = median_ratio(row["all"], baseline["all"])
         if "cpu_seconds" in row:
             row["cpu_ratio"] = median_ratio(baseline["cpu_seconds"], row["cpu_seconds"])
@@ -89,7 +110,25 @@ def versions():
         webdataset=package_version("webdataset"),
         timm=package_version("timm"),
         open_clip=baselines.version(),
+        triton=package_version("triton"),
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+        nccl=nccl_version(),
+        driver=driver_version(),
     )
+
+
+def nccl_version():
+    """NCCL's version, such as "2.27.5"; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(str(part) for part in torch.cuda.nccl.version())
+
+
+def driver_version():
+    """The version of NVIDIA's driver; None without one."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (printed_by(words) or "\n").splitlines()[0] or None
 
 
 def package_version(name):
@@ -111,11 +150,16 @@ def commit(folder=ROOT):
 
 def git(folder, *words):
     """What a git command prints; "" if it fails, or there is no git."""
+    return printed_by(["git", *words], folder)
+
+
+def printed_by(words, folder=None):
+    """What a command prints; "" if it fails, or is not on this machine."""
     try:
-        result = subprocess.run(["git", *words], capture_output=True, text=True, cwd=folder)
+        result = subprocess.run(words, capture_output=True, text=True, cwd=folder)
     except OSError:
         return ""
-    return result.stdout.strip()
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 # ---- the results file ----
@@ -142,8 +186,11 @@ def check(path):
     return document
 
 
-def save(rows, path):
-    """Add rows to the file, in place of older ones with the same identity. Returns all rows."""
+def save(rows, path, job=None):
+    """Add rows to the file, in place of older ones with the same identity. Returns all rows.
+
+    job: the name of the job that measured them; all older rows of that job are removed.
+    """
     document = check(path)
     provenance = dict(
         commit=commit(),
@@ -151,11 +198,14 @@ def save(rows, path):
         load=os.getloadavg()[1],
         versions=versions(),
     )
+    document.update(provenance)
 
     replaced = {identity(row) for row in rows}
     kept = [row for row in document["rows"] if identity(row) not in replaced]
+    if job:
+        kept = [row for row in kept if row.get("job") != job]
+        provenance["job"] = job
     document["rows"] = kept + [{**row, **provenance} for row in rows]
-    document.update(provenance)
 
     # A rename, so that the file is complete at every moment.
     with open(path + ".partial", "w") as f:
@@ -177,6 +227,7 @@ SHOWN = {
     "ratio": "{:.2f} x",
     "cpu_ratio": "{:.2f} x in CPU time",
     "mfu": "MFU {:.0%}",
+    "mfu_padded": "padded {:.0%}",
     "share": "{:.3f} of open_clip's",
     "share_at_8_ranks": "{:.3f} at 8 ranks",
     "equal": "formula: {}",
@@ -188,9 +239,22 @@ SHOWN = {
 }
 
 
+# Mode -> what the reader of its rows must know.
+NOTES = {
+    "step": "The sides differ in more than the step. On a GPU, open_clip's main() allows TF32 in "
+    "float32 products and ours does not (in bf16 and fp16 it is no matter). Before a step, "
+    "open_clip copies float32 images to the device, and waits for them; ours copies bytes "
+    "(--on_device leaves both copies out). Its images are NCHW, for RN50 too, ours channels_last. "
+    "It waits for the device, to log, after the first and the last of a turn's 20 steps.",
+}
+
+
 def print_table(rows):
     for row in rows:
         print(table_line(row))
+    for mode, note in NOTES.items():
+        if any(row["mode"] == mode for row in rows):
+            print(textwrap.fill(note, 100))
 
 
 def table_line(row):
@@ -203,17 +267,23 @@ def table_line(row):
         if key not in ("model", "source") and value != "fp32"
     )
 
-    values = row["all"]
-    if row["unit"] == "bytes":
-        median = plan.size(row["median"])
-    else:
-        median = f"{row['median']:.4g} {row['unit']}"
-    spread = f"{min(values):.4g}..{max(values):.4g}" if min(values) < max(values) else ""
+    what = f"{row['mode']:<10}{name:<15}{row['side']:<21} "
+    for reason in ("failed", "skipped"):
+        if reason in row:
+            return f"{what}{reason}: {row[reason]}  {others}"
 
+    values = row["all"]
+    spread = f"{min(values):.4g}..{max(values):.4g}" if min(values) < max(values) else ""
     more = [form.format(row[key]) for key, form in SHOWN.items() if key in row]
     if "peak_bytes" in row:
         more.append(f"peak {plan.size(row['peak_bytes'])}")
     more = ", ".join(more)
 
-    what = f"{row['mode']:<10}{name:<15}{row['side']:<22}"
-    return f"{what}{median:>16}  {spread:<16}{more:<50}  {others}"
+    return f"{what}{value_of(row):>16}  {spread:<16}{more:<50}  {others}"
+
+
+def value_of(row):
+    """The row's median with its unit, as text."""
+    if row["unit"] == "bytes":
+        return plan.size(row["median"])
+    return f"{row['median']:.4g} {row['unit']}"

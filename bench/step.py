@@ -1,4 +1,7 @@
-"""python -m bench step: samples/s, peak memory and MFU of training steps, ours beside open_clip."""
+"""python -m bench step: samples/s, peak memory and MFU of training steps, ours beside open_clip.
+
+With --on_device the batches are in the device's memory before the first step, for both sides.
+"""
 
 import statistics
 import time
@@ -29,39 +32,63 @@ def run(args):
     if args.released:
         sides.append("released")
     workers = {side: harness.Worker(worker, args, side) for side in sides}
-    turns = harness.take_turns(workers, [None] * args.rounds, f"step {args.model}")
-
-    # MFU: useful work, without padding, over the best rate that a matrix product reached.
-    pair_flops = useful_flops(args)
-    matmul_flops = max(turn.matmul_flops for turn in chain(*turns.values()))
+    turns = harness.take_turns(workers, [None] * args.rounds, f"step {args.model}", args.limit)
 
     settings = dict(model=args.model, batch=args.batch, precision=args.precision, **args.numbers)
-    algorithms = {"ours": args.algorithm, "open_clip": "ClipLoss", "released": "fastclip-v3"}
-    rows = []
-    for side, of_side in turns.items():
-        speeds = [args.batch / turn.seconds for turn in of_side]
-        row = report.row(
-            "step",
-            side,
-            settings,
-            "samples/s",
-            speeds,
-            peak_bytes=max(turn.peak_bytes for turn in of_side),
-            matmul_flops=matmul_flops,
-            cpu_seconds=[turn.cpu_seconds for turn in of_side],
-            mfu=statistics.median(speeds) * pair_flops / matmul_flops,
-            algorithm=algorithms[side.split()[0]],
-        )
-        if side == "released":
-            row["released_commit"] = report.commit(args.released)
-        rows.append(row)
+    if args.on_device:
+        settings["on_device"] = True
+
+    # MFU: work per second over the best rate that a matrix product reached.
+    measured = harness.measured(chain(*turns.values()))
+    matmul_flops = max((turn.matmul_flops for turn in measured), default=None)
+    rows = [row_of(args, side, settings, turns[side], matmul_flops) for side in sides]
     return report.with_ratios(rows)
 
 
+def row_of(args, side, settings, turns, matmul_flops):
+    """The row of a side: of the turns before it failed, if it did, there is none."""
+    algorithms = {"ours": args.algorithm, "open_clip": "ClipLoss", "released": "fastclip-v3"}
+    algorithm = algorithms[side.split()[0]]
+    if isinstance(turns[-1], harness.Failed):
+        return report.failed("step", side, settings, turns[-1].reason, algorithm=algorithm)
+
+    speeds = [args.batch / turn.seconds for turn in turns]
+    speed = statistics.median(speeds)
+    row = report.row(
+        "step",
+        side,
+        settings,
+        "samples/s",
+        speeds,
+        peak_bytes=max(turn.peak_bytes for turn in turns),
+        matmul_flops=matmul_flops,
+        cpu_seconds=[turn.cpu_seconds for turn in turns],
+        mfu=speed * useful_flops(args) / matmul_flops,
+        mfu_padded=speed * padded_flops(args) / matmul_flops,
+        algorithm=algorithm,
+    )
+    if side == "released":
+        row["released_commit"] = report.commit(args.released)
+    return row
+
+
 def useful_flops(args):
+    """FLOPs of a training step per pair, without padding."""
+    tokens = made_data.caption_lengths(4 * args.batch).float().mean().item()
+    return pair_flops(args, tokens)
+
+
+def padded_flops(args):
+    """FLOPs of a training step per pair if every caption were as long as the context.
+
+    Others report MFU of this work, whether or not it is done.
+    """
+    return pair_flops(args, harness.model_shape(args).context_length)
+
+
+def pair_flops(args, tokens):
     """FLOPs of a training step per pair: the backward pass costs twice the forward pass."""
     shape = harness.model_shape(args)
-    tokens = made_data.caption_lengths(4 * args.batch).float().mean().item()
     return 3 * (shape.image_flops + shape.token_flops * tokens)
 
 
@@ -103,11 +130,18 @@ def make_trainer(args, side, batches, device):
     """The side's trainer, on these data.Batches for ever."""
     compiled = side.endswith("compiled")
     if side.startswith("ours"):
-        batches = made_data.pinned(batches, device)
+        batches = placed(args, batches, device)
         return ours.Trainer(args, cycle(batches), args.algorithm, compiled=compiled)
 
     clone = args.released if side.startswith("released") else ""
     context_length = harness.model_shape(args).context_length
     batches = [baselines.batch_of(batch, context_length, bool(clone)) for batch in batches]
-    batches = made_data.pinned(batches, device)
+    batches = placed(args, batches, device)
     return baselines.Trainer(args, device, cycle(batches), compiled=compiled, clone=clone)
+
+
+def placed(args, batches, device):
+    """The batches where a step finds them: on the host, or with --on_device on the device."""
+    if args.on_device:
+        return made_data.on_device(batches, device)
+    return made_data.pinned(batches, device)

@@ -10,3 +10,7 @@ import os
 # for long: it would hold a core that the one it waits for needs. torch reads this once, when it is
 # loaded, so this package is imported before torch. It does not matter on a GPU.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+# The process that started this one, torchrun for example. It is asked for here, before torch is
+# loaded: a torchrun that dies during those seconds must be noticed, too.
+PARENT = os.getppid()

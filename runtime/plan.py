@@ -1,7 +1,9 @@
 """What a config would do, without data or a GPU: `python train.py CONFIG --plan=True`."""
 
+import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +19,25 @@ FLOAT = 4  # bytes of a float32
 # Tensors that an optimizer keeps per weight.
 MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1, "sgdm": 1}
 
+
+class Anchor(NamedTuple):
+    """A training speed that somebody has published."""
+
+    model: str
+    gpu: str
+    speed: float  # samples per second of one GPU
+    source: str
+
+
+ANCHORS = (
+    Anchor("ViT-B-16", "H100", 926.0, "DRRho-CLIP, arXiv 2505.06699"),
+    Anchor("ViT-B-16", "A100", 332.0, "open_clip"),
+    Anchor("ViT-B-32", "A100", 773.0, "open_clip"),
+)
+
+# The largest ratio, either way, between the FLOPs of a model and of the anchor it is scaled from.
+FARTHEST_ANCHOR = 4
+
 FOOTNOTE = (
     "(OpenCLIP: local loss, gather with gradient, which sends d-dimensional gradients back, and "
     "float32 gradients)"
@@ -30,15 +51,18 @@ def report(c):
     """
     run = numbers(c)
     usable = usable_ranks(c, run)
+    known_speeds = speeds(c, run)
 
     lines = summary(c, run)
     warning = c.long_warmup(run.total_steps)
     if warning:
         lines.append(f"warning      {warning}")
     lines += [
+        *duration(c, run, known_speeds),
         "",
         "per rank, on so many ranks; bytes sent per step (ring algorithms)",
         *format_table(table(c, run, usable)),
+        *format_table(days(c, run, usable, known_speeds)),
         FOOTNOTE,
     ]
     return "\n".join(lines)
@@ -181,6 +205,32 @@ def summary(c, run):
     ]
 
 
+def duration(c, run, known_speeds):
+    """-> the lines on how many GPU-hours the run takes, and dollars if the config has a price.
+
+    Only training is counted: no start-up, no evaluation, no waiting for data or for other GPUs.
+    """
+    if not known_speeds:
+        return [
+            "time         not known, as no speed is published for a model of about its size: "
+            "give --plan_speed=SAMPLES_PER_SECOND"
+        ]
+
+    lines = []
+    for speed in known_speeds:
+        epoch = gpu_hours(run.steps_per_epoch * c.batch_size, speed)
+        total = gpu_hours(run.total_steps * c.batch_size, speed)
+        hours = f"{rounded(epoch)} GPU-hours an epoch, {rounded(total)} in all"
+        lines.append(f"time         {speed.gpu}: {hours}, at {rounded(speed.samples)} samples/s")
+        lines.append(f"             ({speed.source})")
+        if c.plan_price:
+            lines.append(
+                f"cost         {speed.gpu}: ${rounded(epoch * c.plan_price)} an epoch, "
+                f"${rounded(total * c.plan_price)} in all, at ${c.plan_price:g} a GPU-hour"
+            )
+    return lines
+
+
 def table(c, run, usable):
     """-> rows of cells: a title, then a cell for each number of ranks in `usable`."""
     purposes = traffic(c.batch_size, run.embed_dim, run.columns, run.gradient_bytes)
@@ -206,12 +256,27 @@ def table(c, run, usable):
     return list(zip(*columns))  # transposed: a row for each title
 
 
+def days(c, run, usable, known_speeds):
+    """-> further rows of the table: the days that the run takes, for each known speed."""
+    samples_seen = run.total_steps * c.batch_size
+    rows = []
+    for speed in known_speeds:
+        one_gpu = gpu_hours(samples_seen, speed) / 24
+        rows.append([f"days, {speed.gpu}", *(rounded(one_gpu / ranks) for ranks in usable)])
+    return rows
+
+
 def format_table(rows):
     """-> lines, right-aligned; the first column is wider than the others."""
     lines = []
     for title, *cells in rows:
         lines.append(f"{title:>25}" + "".join(f"{cell:>10}" for cell in cells))
     return lines
+
+
+def rounded(x):
+    """A positive number -> text with three digits, or with all those before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def size(count):
@@ -221,6 +286,56 @@ def size(count):
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+# ---- how fast one GPU is ----
+
+
+class Speed(NamedTuple):
+    """How fast one GPU trains the config's model, and how that is known."""
+
+    gpu: str  # which kind, or "given"
+    samples: float  # per second
+    source: str
+
+
+def speeds(c, run):
+    """-> list of Speed: the config's plan_speed, or what is published for each kind of GPU.
+
+    For a model without a published speed it is that of the anchor nearest in FLOPs per pair,
+    scaled by them. A kind of GPU without an anchor that is near enough is left out.
+    """
+    if c.plan_speed:
+        return [Speed("given", c.plan_speed, "plan_speed")]
+
+    pair_flops = run.flops["image"] + run.flops["text"]
+    found = {}  # GPU -> (distance, Speed)
+    for anchor in ANCHORS:
+        factor = anchor_flops(anchor) / pair_flops
+        distance = abs(math.log(factor))
+        is_nearest = anchor.gpu not in found or distance < found[anchor.gpu][0]
+        if distance <= math.log(FARTHEST_ANCHOR) and is_nearest:
+            found[anchor.gpu] = distance, scaled(anchor, factor)
+    return [speed for _, speed in found.values()]
+
+
+def anchor_flops(anchor):
+    """FLOPs of the forward pass of one pair, at full length, of the anchor's model."""
+    with torch.device("meta"):
+        model = models.create(anchor.model)
+    return sum(models.forward_flops(model, model.context_length).values())
+
+
+def scaled(anchor, factor):
+    """The anchor's Speed for a model that needs 1/factor times the FLOPs of the anchor's."""
+    source = f"published: {anchor.model}, {anchor.source}"
+    if factor != 1:
+        source += f": {anchor.speed:g}, scaled by the FLOPs of a pair"
+    return Speed(anchor.gpu, anchor.speed * factor, source)
+
+
+def gpu_hours(samples, speed):
+    return samples / speed.samples / 3600
 
 
 # ---- what is sent in a step, and how long it takes ----

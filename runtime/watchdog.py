@@ -26,6 +26,7 @@ import torch.distributed as c10d
 
 import dist
 from config import BadRun, ConfigError
+from runtime import PARENT
 
 # Seconds without a heartbeat after which a rank counts as dead; at most half of the timeout.
 SILENCE = 30.0
@@ -264,10 +265,9 @@ def end_with_torchrun():
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    parent = os.getppid()
 
     def watch_parent():
-        while os.getppid() == parent:
+        while os.getppid() == PARENT:
             time.sleep(1.0)
         complain(f"rank {os.environ['RANK']} ends, because its torchrun has died")
         os._exit(1)

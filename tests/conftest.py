@@ -53,6 +53,23 @@ def no_curves(monkeypatch):
     monkeypatch.setattr("runtime.log.plot", lambda folders, out: out)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What the bench measures in processes of its own runs in this one."""
+    import torch.distributed.nn
+
+    from bench import harness
+    from helpers import InThisProcess
+
+    monkeypatch.setattr(harness, "Worker", InThisProcess)
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None, raising=False)
+    # The loss of open_clip's side replaces this one; monkeypatch puts it back.
+    monkeypatch.setattr(torch.distributed.nn, "all_gather", torch.distributed.nn.all_gather)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread: for small tensors, threads that wait for each other are three times slower."""

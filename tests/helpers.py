@@ -228,6 +228,30 @@ def assert_all_succeed(processes):
         assert status == 0, printed
 
 
+# ---- processes of the bench ----
+
+# Some of which a worker of the bench replaces, because it believes that the process is its own.
+PLAIN_DIST = {name: value for name, value in vars(dist).items() if callable(value)}
+
+
+class InThisProcess:
+    """bench.harness.Worker without a process: importing torch once is enough for most tests."""
+
+    def __init__(self, function, *args):
+        self.generator = function(*args)
+
+    def send(self, request=None):
+        self.value = self.generator.send(request)
+
+    def receive(self, limit=None):
+        return self.value
+
+    def close(self):
+        self.generator.close()
+        for name, function in PLAIN_DIST.items():
+            setattr(dist, name, function)
+
+
 # ---- what a run has written ----
 
 

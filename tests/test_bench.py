@@ -1,19 +1,19 @@
 """bench/ at toy size: every mode from the command line, what its rows promise, its instruments."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.nn
 from torch.autograd import DeviceType
 from torchvision.io import write_jpeg
 
 import data
-import dist
 from bench import __main__ as bench
 from bench import (
     baselines,
@@ -26,6 +26,7 @@ from bench import (
     ours,
     picture,
     report,
+    step,
 )
 from config import ConfigError
 from conftest import ROOT
@@ -45,42 +46,9 @@ TOY_RESNET = (
 )
 TOY = (TOY_VIT, "--rounds=1", "--device=cpu")
 
-# Of dist, by harness.act_alone.
-REPLACED = ("rank", "world_size", "all_gather", "start_all_gather", "all_reduce")
-PLAIN_DIST = {name: getattr(dist, name) for name in REPLACED}
-
 PROVENANCE = {"date", "commit", "load", "versions"}
 VERSIONS = {"python", "torch", "torchvision", "numpy", "webdataset", "timm", "open_clip"}
-
-
-class InThisProcess:
-    """harness.Worker without a process: importing torch once is enough for most of these tests."""
-
-    def __init__(self, function, *args):
-        self.generator = function(*args)
-
-    def send(self, request=None):
-        self.value = self.generator.send(request)
-
-    def receive(self):
-        return self.value
-
-    def close(self):
-        self.generator.close()
-        # A worker may replace them: it believes that the process is its own.
-        for name, function in PLAIN_DIST.items():
-            setattr(dist, name, function)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    monkeypatch.setattr(harness, "Worker", InThisProcess)
-    monkeypatch.setattr("os.sched_setaffinity", lambda *_: None, raising=False)
-    # The loss of open_clip's side replaces this one; monkeypatch puts it back.
-    monkeypatch.setattr(torch.distributed.nn, "all_gather", torch.distributed.nn.all_gather)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+VERSIONS |= {"triton", "cuda", "cudnn", "nccl", "driver"}
 
 
 def run(folder, mode, *words):
@@ -112,7 +80,7 @@ def test_step(tmp_path, in_this_process):
     assert open_clip_row["side"] == "open_clip"
     for row in rows:
         assert 1e8 < row["peak_bytes"] < 1e10
-        assert 0 < row["mfu"] < 1
+        assert 0 < row["mfu"] < row["mfu_padded"] < 1
 
     assert open_clip_row["ratio"] == 1
     assert ours_row["ratio"] == pytest.approx(ours_row["median"] / open_clip_row["median"])
@@ -121,6 +89,30 @@ def test_step(tmp_path, in_this_process):
 
     all_rows = report.save([ours_row], str(tmp_path / "b.json"))
     assert len(all_rows) == 2, "a row measured again replaces the older one"
+
+
+def test_step_with_batches_on_the_device(tmp_path, in_this_process, monkeypatch):
+    placed = []
+    monkeypatch.setattr(made_data, "on_device", on_device_noted(placed))
+    rows = run(tmp_path, "step", "--batch=4", "--on_device")
+    assert [row["settings"]["on_device"] for row in rows] == [True, True]
+    assert len(placed) == 2, "both sides"
+
+    ours_batch, theirs = placed[1][0], placed[0][0]
+    assert isinstance(ours_batch, data.Batch)
+    assert isinstance(theirs, tuple)
+    assert theirs[0].dtype == torch.float32
+
+
+def on_device_noted(placed):
+    """made_data.on_device, which also appends what it returns to `placed`."""
+    plain = made_data.on_device
+
+    def on_device(batches, device):
+        placed.append(plain(batches, device))
+        return placed[-1]
+
+    return on_device
 
 
 def test_loader(tmp_path, in_this_process):
@@ -243,7 +235,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches(in_this_process):
         ("RN50", 64, TOY_RESNET, {}),
     ],
 )
-def test_a_step_does_not_wait_for_the_gpu(model, image_size, numbers, settings):
+def test_a_step_on_cuda_does_not_wait(model, image_size, numbers, settings):
     args = bench.parse(["step", f"--model={model}", "--batch=8", numbers, "--precision=bf16"])
     batches = made_data.make_batches(image_size, 40, 8)
     trainer = ours.Trainer(args, iter(batches), **settings)
@@ -264,7 +256,7 @@ def test_tiled_loss_does_not_grow_with_the_global_batch(in_this_process):
     args = bench.parse(["loss", "--model=ViT-B-32", *TOY, "--tile=64"])
 
     def peaks_of(side, sizes):
-        worker = InThisProcess(loss.worker, args, side, 256)
+        worker = harness.Worker(loss.worker, args, side, 256)
         worker.send()
         peaks = {}
         for B in sizes:
@@ -327,6 +319,13 @@ def test_made_batches_are_as_a_loader_makes_them():
 # ---- a profile, taken apart ----
 
 
+def test_flops_of_a_pair():
+    args = bench.parse(["step", "--batch=4", "--model=ViT-B-32", *TOY])
+    shape = harness.model_shape(args)
+    assert step.padded_flops(args) == 3 * (shape.image_flops + 40 * shape.token_flops)
+    assert step.useful_flops(args) < step.padded_flops(args)
+
+
 def test_spans():
     spans = measure.union([(5, 6), (0, 2), (1, 3)])
     assert spans == [(0, 3), (5, 6)]
@@ -381,28 +380,28 @@ def test_parts_of_a_step_on_a_gpu():
 
 def test_all_runs_every_mode():
     args = bench.parse(["all", "--device=cpu", "--rounds=3"])
-    runs = bench.runs(args)
-    assert {mode for mode, _ in runs} == bench.MODES.keys()
-    assert [(a.model, a.batch) for mode, a in runs if mode == "step"] == [
+    all_jobs = bench.jobs_of_all(args)
+    assert {job.run for job in all_jobs} == set(bench.MODES.values())
+    assert [(job.args.model, job.args.batch) for job in all_jobs if job.run is step.run] == [
         ("ViT-B-32", 32),
         ("RN50", 16),
         ("ViT-B-16", 16),
     ]
-    assert all(a.rounds == 3 for _, a in runs)
+    assert all(job.args.rounds == 3 for job in all_jobs)
+    assert len({job.name for job in all_jobs}) == len(all_jobs)
 
 
 def test_a_mode_has_its_own_defaults_and_the_command_line_wins():
-    def only_run(*words):
-        ((_, args),) = bench.runs(bench.parse([*words, "--device=cpu"]))
-        return args
+    def settled(*words):
+        return bench.with_defaults(bench.parse([*words, "--device=cpu"]))
 
-    assert (only_run("loss").model, only_run("loss").batch) == ("ViT-B-16", 640)
-    assert (only_run("loss", "--batch=8").model, only_run("loss", "--batch=8").batch) == (
+    assert (settled("loss").model, settled("loss").batch) == ("ViT-B-16", 640)
+    assert (settled("loss", "--batch=8").model, settled("loss", "--batch=8").batch) == (
         "ViT-B-16",
         8,
     )
-    assert only_run("step").numbers == {}
-    assert only_run("step", TOY_RESNET).numbers["vision_layers"] == (1, 1, 1, 1)
+    assert settled("step").numbers == {}
+    assert settled("step", TOY_RESNET).numbers["vision_layers"] == (1, 1, 1, 1)
 
 
 def test_results_of_the_readme_are_read_merged_and_drawn(tmp_path, monkeypatch):
@@ -426,6 +425,25 @@ def test_commit_is_empty_where_there_is_none(tmp_path, monkeypatch):
     assert report.commit(str(tmp_path)) == "", "not a clone"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert report.commit() == "", "no git"
+
+
+def test_versions_of_a_gpu(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", yes)
+    monkeypatch.setattr(torch.cuda.nccl, "version", two_numbers)
+    assert report.driver_version() == "580.65.06"
+    assert report.nccl_version() == "2.27"
+
+
+def yes():
+    return True
+
+
+def two_numbers():
+    return 2, 27
 
 
 def test_results_of_another_machine_are_refused(tmp_path):
@@ -453,7 +471,7 @@ def test_too_few_images_are_refused():
 
 def test_a_folder_without_the_released_code_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="git clone"):
-        baselines.released(str(tmp_path))
+        bench.main(["step", f"--released={tmp_path}"])  # before anything is measured
 
 
 def test_without_open_clip_says_what_to_install(monkeypatch):
@@ -473,3 +491,90 @@ def test_what_a_process_raises_reaches_the_command():
 
 def divide_by_zero(args):
     yield 1 / 0
+
+
+# ---- what fails ----
+
+
+def run_out_of_memory_at(request):
+    """A side that counts the requests, and runs out of memory at one of them."""
+    value = None
+    while True:
+        asked = yield value
+        if asked == request:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nGPU 0 has")
+        value = asked
+
+
+def test_a_side_that_fails_leaves_the_others_alone(in_this_process, capsys):
+    workers = {
+        "small": harness.Worker(run_out_of_memory_at, -1),
+        "large": harness.Worker(run_out_of_memory_at, 2),
+    }
+    values = harness.take_turns(workers, [1, 2, 3], "test")
+    assert values["small"] == [1, 2, 3]
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert values["large"] == [1, harness.Failed(reason), harness.Failed(reason)]
+    assert harness.measured(values["large"]) == [1]
+    assert "test, large failed: CUDA out of memory" in capsys.readouterr().err
+
+
+def exit_or_sleep(seconds):
+    yield
+    if not seconds:
+        os._exit(7)
+    time.sleep(seconds)
+
+
+def test_a_process_that_dies_or_hangs_is_a_side_that_fails(monkeypatch):
+    # Forked, it need not import torch again.
+    monkeypatch.setattr(harness, "SPAWN", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(harness, "END_SECONDS", 0.1)
+    workers = {
+        "dies": harness.Worker(exit_or_sleep, 0),
+        "hangs": harness.Worker(exit_or_sleep, 600),
+    }
+    for worker in workers.values():
+        worker.send()
+        worker.receive()
+    values = harness.take_turns(workers, [None], "test", limit=0.5)
+    # It was set up above: what is asked first is the end of one, and the sleep of the other.
+    assert values["dies"][0].reason.startswith("a measuring process died with exit status 7")
+    assert values["hangs"] == [harness.Failed("no answer within 0.5 seconds")]
+    workers["hangs"].process.join(10)
+    assert not workers["hangs"].process.is_alive()
+
+
+def without_memory_for(monkeypatch, side, batch=None):
+    """Let a side of the step mode run out of memory, at every batch size or at one."""
+    plain = step.make_trainer
+
+    def make_trainer(args, name, batches, device):
+        if name == side and args.batch in (batch, args.batch if batch is None else batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(args, name, batches, device)
+
+    monkeypatch.setattr(step, "make_trainer", make_trainer)
+
+
+def test_a_side_without_memory_has_a_row_that_says_so(tmp_path, in_this_process, monkeypatch):
+    without_memory_for(monkeypatch, "open_clip")
+    out = tmp_path / "b.json"
+    words = ["step", "--batch=4", *TOY, f"--out={out}", f"--plot={tmp_path}/b.png"]
+    assert bench.main(words) == 1
+
+    ours_row, open_clip_row = json.loads(out.read_text())["rows"]
+    assert ours_row["median"] > 0
+    assert "ratio" not in ours_row, "there is nothing to compare it with"
+    assert open_clip_row["failed"] == "OutOfMemoryError: CUDA out of memory"
+    assert "failed: OutOfMemoryError" in report.table_line(open_clip_row)
+
+
+def test_a_loss_without_memory_at_one_size_keeps_the_others():
+    settings = dict(b=4, B=16, d=32)
+    failed = harness.Failed("OutOfMemoryError: CUDA out of memory")
+    row = loss.row_of("open_clip", settings, [(0.001, 100), failed])
+    assert (row["median"], row["peak_bytes"]) == (1.0, 100)
+    row = loss.row_of("open_clip", settings, [failed, failed])
+    assert row["failed"] == failed.reason
+    assert "median" not in row

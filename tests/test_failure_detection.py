@@ -186,12 +186,16 @@ def test_the_watchdog_sends_nothing_after_it_has_stopped(monkeypatch):
     assert store.get("watchdog/0/0") == b"gone"
 
 
-def test_ranks_end_with_their_torchrun():
-    """Also while they still look for each other, when there is no watchdog yet."""
-    rank = (
-        "import time; from runtime import watchdog; watchdog.end_with_torchrun(); "
-        "print('up', flush=True); time.sleep(600)"
-    )
+UP = "print('up', flush=True)"
+WAIT_FOR_OTHERS = (
+    "import time; time.sleep(1); from runtime import watchdog; watchdog.end_with_torchrun()"
+)
+
+
+@pytest.mark.parametrize("before, after", [(WAIT_FOR_OTHERS, UP), (UP, WAIT_FOR_OTHERS)])
+def test_ranks_end_with_their_torchrun(before, after):
+    """Also while they still look for each other, or load torch: there is no watchdog yet."""
+    rank = f"import runtime; {before}; {after}; time.sleep(600)"
     agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
     parent = subprocess.Popen(
         [sys.executable, "-c", agent],

@@ -20,6 +20,7 @@ import data
 import loss
 import model as models
 import train
+from bench import made_data
 from helpers import words_of
 from runtime import log
 
@@ -207,6 +208,19 @@ def test_the_loss_multiplies_in_tf32_where_the_towers_are_not_float32(precision,
         step_on_a_fake_gpu(precision=precision)
     assert set(found) == {expected}
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_bench_puts_batches_on_the_gpu():
+    batches = made_data.make_batches(32, 16, BATCH, count=1)
+    theirs = [(batches[0].images.float(), batches[0].tokens)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        (ours,) = made_data.on_device(batches, DEVICE)
+        ((images, tokens),) = made_data.on_device(theirs, DEVICE)
+
+    assert ours.images.device == ours.tokens.device == images.device == tokens.device == DEVICE
+    assert ours.images.is_contiguous(memory_format=torch.channels_last)
+    # What the host works with stays there.
+    assert ours.lengths.device == ours.ids.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("settings", [dict(precision="fp16"), dict(skip_nonfinite=True)], ids=str)
