@@ -337,7 +337,7 @@ def load(argv, saved=None):
             if key in given and key in ("train_data", "eval_data"):
                 raise ConfigError(
                     f"{key} is given more than once: put the pattern in quotes, so that the shell "
-                    f"leaves it as it is, --{key}='...'"
+                    f"leaves it as it is, --{key}='...', or give a list, --{key}=\"['...','...']\""
                 )
             values[key] = typed(key, parse(text))
             given.add(key)

@@ -28,7 +28,7 @@ import config as configs
 import dist
 import model as models
 from config import ConfigError
-from ingest.evaluation import check_class_numbers, load_set, read_images, read_samples
+from ingest.evaluation import check, check_class_numbers, read_images, read_samples
 from ingest.tokenizer import Tokenizer
 from runtime import checkpoint, hardware, plots, ranks
 
@@ -94,8 +94,8 @@ def evaluate(
 
     stop() says whether this rank was asked to stop. Once it is true on any rank, all ranks raise
     ranks.Interrupted after the batch at hand, and nothing is written. Raises ConfigError, on rank 0
-    or on all, for what load_set refuses, for a set without classes and captions, for class numbers
-    that the class list does not reach, and for an eval.json that cannot be written.
+    or on all, for what ingest.evaluation.check refuses, for a set without classes and captions, for
+    class numbers that the class list does not reach, and for an eval.json that cannot be written.
     """
     watch = partial(watched, progress=progress, stop=stop)
 
@@ -104,7 +104,7 @@ def evaluate(
 
     model.eval()
 
-    data = ranks.from_first_rank(load_set, c, progress=progress, waiting=progress)
+    data = ranks.from_first_rank(check, c, progress=progress, waiting=progress)
     images = encode_images(data.index, model, c, device, autocast, watch)
     if images.bad:
         say(f"left out of {c.eval_data[0]}: {images.bad}")
@@ -542,7 +542,8 @@ def check_writable(folder):
             pass
     except OSError as error:
         raise ConfigError(
-            f"out_dir = {folder!r} cannot be written: {error.strerror or error}; choose another"
+            f"out_dir = {folder!r} cannot be written: {error.strerror or error}; write the results "
+            "elsewhere, --out_dir=FOLDER"
         ) from error
 
 

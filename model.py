@@ -812,13 +812,12 @@ def resolve_numbers(name, overrides):
         numbers = dict(embed_dim=512, image_size=None, **TEXT)
     else:
         names = ", ".join(MODELS)
-        hint = nearest(name, MODELS, cutoff=0.5)
-        raise ConfigError(f"unknown model {name!r}{hint}; there are {names} and timm:NAME")
+        raise ConfigError(f"unknown model {name!r}; there are {names} and timm:NAME")
 
     for key, value in overrides.items():
         if key not in numbers:
             keys = ", ".join(numbers)
-            hint = nearest(key, numbers, cutoff=0.5)
+            hint = nearest(key, numbers, cutoff=0.75)
             raise ConfigError(f"{name} has no number {key!r}{hint}; it has {keys}")
         check_number(name, key, value, numbers[key])
         numbers[key] = value

@@ -138,7 +138,7 @@ class Saver:
         if dist.rank() == 0:
             self.remove_unfinished()
             self.put_abandoned_aside()
-        dist.barrier()
+        ranks.from_first_rank(self.check_space)
 
     def remove_unfinished(self):
         """Remove what a run that was killed while saving has left."""
@@ -168,6 +168,30 @@ class Saver:
             remove(path + ".abandoned")
             os.rename(path, path + ".abandoned")
         warn(f"put aside as .abandoned, in {self.root}: {', '.join(abandoned)}")
+
+    def check_space(self):
+        """ConfigError if the disk has no room for a checkpoint; a warning if for too few of them.
+
+        Before the first step there are no moments yet: they take at least as much as the weights.
+        """
+        num_bytes = self.num_bytes()
+        if not self.optimizer.state:
+            num_bytes += sum(dist.num_bytes(p) for p in self.model.parameters())
+
+        free = shutil.disk_usage(self.root).free
+        sizes = f"a checkpoint takes {num_bytes / 1e9:.2f} GB or more, {free / 1e9:.2f} GB are free"
+        if free < num_bytes:
+            raise ConfigError(
+                f"{self.root} has no room: {sizes}; make room, or choose another --out_dir"
+            )
+
+        # The oldest is removed after the newest is complete.
+        still_to_come = self.config.keep + 1 - len(steps(self.root))
+        if free < still_to_come * num_bytes:
+            warn(
+                f"{self.root} may become full: {sizes}, and keep = {self.config.keep} needs room "
+                f"for {still_to_come} more"
+            )
 
     # ---- step 1: copy ----
 
@@ -573,6 +597,11 @@ def find_requested(folder, names, progress):
             print(f"resume = {folder!r}: its newest checkpoint is {newest}", flush=True)
             return newest
 
+    if not re.fullmatch(STEP_NAME, os.path.basename(folder)):
+        inside = os.path.join(folder, "x")
+        raise ConfigError(
+            f"resume = {folder!r} is neither a checkpoint nor a run{describe_nearby(inside)}"
+        )
     wrong = verify(folder, names, progress)
     if wrong:
         raise ConfigError(f"{folder} cannot be used: {wrong}; use another checkpoint")
@@ -585,7 +614,7 @@ def describe_nearby(folder):
     if steps(parent):
         return f"; {parent} holds {', '.join(steps(parent))}"
     runs = [path for path in files_beside(folder) if steps(os.path.join(path, "checkpoints"))]
-    return nearest(folder, runs) or (
+    return nearest(folder, runs, cutoff=0.0) or (
         "; it is auto, a checkpoint (runs/NAME/checkpoints/step-00001000) or the folder of a run"
     )
 
@@ -609,7 +638,7 @@ def find_newest(root, names, progress):
         wrong = verify(folder, names, progress)
         if not wrong:
             if name != latest:
-                warn(f"continuing from {name}, the newest checkpoint that is complete")
+                warn(f"using {name}, the newest checkpoint that is complete")
             return folder
         damaged.append(f"{name}: {wrong}")
         warn(f"{folder} is damaged: {wrong}")

@@ -88,6 +88,8 @@ class Job:
 
     def fail(self, error):
         """Tell the other ranks why this one ends; keep a checkpoint that is still being written."""
+        if self.signals:
+            self.signals.is_silent = True  # torchrun will send one, and there is no step to save
         if self.saver and (isinstance(error, BadRun) or dist.world_size() == 1):
             # It was begun before the error, and the threads of all ranks complete it.
             self.saver.wait()
@@ -336,10 +338,11 @@ class StopSignals:
     Before the loop there is nothing to save, and they end the process as ever. A second Ctrl-C ends
     it at once, if it comes later than torchrun's echo of the first.
 
-    received: the name of the first signal, "" before.
+    received: the name of the first signal, "" before. is_silent: whether nothing is printed.
     """
 
     def __init__(self):
+        self.is_silent = False
         self.received = ""
         self.received_at = 0.0
         self.handlers = {}
@@ -357,10 +360,9 @@ class StopSignals:
         if not self.received:
             self.received = signal.Signals(number).name
             self.received_at = time.monotonic()
-            if dist.rank() == 0:
-                os.write(
-                    2, b"\nsaving soon, then leaving\n"
-                )  # print is not safe in a signal handler
+            if dist.rank() == 0 and not self.is_silent:
+                # print is not safe in a signal handler.
+                os.write(2, b"\nsaving soon, then leaving\n")
 
 
 def check_batch_size(c, world_size):

@@ -31,6 +31,7 @@ CHANCE_SHARE = 0.99
 LOOK_AFTER = 1000  # steps after the warm-up, or half of those left then, if that is less
 LOOK_AT = 10  # the mean of the last so many reports
 
+LOOK_LEAST = 20  # runs with fewer steps after the warm-up are not judged
 NOT_LEARNING = (
     "the model tells no caption from another. Try a lower lr, a longer warm-up (warmup_steps), "
     "grad_clip, or look whether the captions belong to the images (docs/running.md)"
@@ -101,6 +102,8 @@ class Log:
         # mbcl of the last reports, once it should be below chance.
         steps_after_warmup = max(0, t.total_steps - c.warmup_steps)
         self.look_from = c.warmup_steps + min(steps_after_warmup // 2, LOOK_AFTER)
+        if steps_after_warmup < LOOK_LEAST:
+            self.look_from = math.inf
         self.recent_mbcl = deque(maxlen=LOOK_AT)
         self.has_warned = False
 
@@ -258,8 +261,8 @@ class Log:
         num_bad = sum(bad.values())
         if num_bad > max(10, MAX_BAD * samples):
             raise BadRun(
-                f"{num_bad} of {samples} samples are bad: {dict(bad)}; look at the data: "
-                f"{verify_command(self.config)}"
+                f"{num_bad} of {samples} samples are bad: {dict(bad)}; more than {MAX_BAD:.0%} end "
+                f"a run, look at the data: {verify_command(self.config)}"
             )
         if self.skipped > max(10, MAX_BAD * self.seen):
             raise BadRun(
@@ -402,7 +405,7 @@ class Log:
         warning = self.not_learning()
         if warning and not self.has_warned:
             self.has_warned = True
-            tqdm.write(f"warning: step {row['step']}: {warning}", file=sys.stderr)
+            tqdm.write(f"warning: step {row['step']}: {warning}: {NOT_LEARNING}", file=sys.stderr)
 
     def not_learning(self):
         """-> a sentence if the in-batch loss of the last reports is at chance, otherwise ""."""
@@ -411,7 +414,7 @@ class Log:
         mbcl = sum(self.recent_mbcl) / len(self.recent_mbcl)
         if not mbcl >= CHANCE_SHARE * self.chance():  # it may be nan
             return ""
-        return f"mbcl {mbcl:.3f} is at chance ({self.chance():.3f}): {NOT_LEARNING}"
+        return f"mbcl {mbcl:.3f} is at chance ({self.chance():.3f})"
 
     def evaluation(self, step, results):
         """Note the results of an evaluation, {name: value}. All ranks call it."""
@@ -474,7 +477,9 @@ class Log:
     def say_last(self, text):
         """Print the last words of this job. That nothing is learned belongs to them."""
         warning = self.not_learning()
-        print(f"{text}. But {warning}" if warning else text, flush=True)
+        if warning:
+            text += f". But {warning}: nothing was learned, see the warning above"
+        print(text, flush=True)
 
     def close(self):
         self.bar.close()

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import time
 
@@ -221,7 +222,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(three_checkpoi
             assert newest_checkpoint(str(three_checkpoints)) == "step-00000002", (name, bad)
             printed = capsys.readouterr().err
             assert "step-00000003 is damaged: " in printed
-            assert "continuing from step-00000002" in printed
+            assert "using step-00000002, the newest" in printed
             path.write_bytes(good)
             tried += 1
 
@@ -334,6 +335,28 @@ def test_killed_while_checkpoints_are_put_aside(tmp_path, capsys):
 
 
 # ---- a full disk ----
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch, capsys):
+    """It is known before the first step how much a save takes, at least."""
+
+    def disk(free):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        return lambda path: usage
+
+    size = 2 * 4 * (64 * 16 + 16) + 4 * 100 * 9  # weights, moments, and nine numbers per sample
+    usage_of = {free: disk(free) for free in (size - 1, size, 4 * size)}
+    monkeypatch.setattr(shutil, "disk_usage", usage_of[size - 1])
+    with pytest.raises(config.ConfigError, match="checkpoints has no room: a checkpoint takes"):
+        SmallRun(tmp_path / "a")
+
+    monkeypatch.setattr(shutil, "disk_usage", usage_of[size])
+    SmallRun(tmp_path / "b", keep=2)
+    assert "keep = 2 needs room for 3 more" in capsys.readouterr().err
+
+    monkeypatch.setattr(shutil, "disk_usage", usage_of[4 * size])
+    SmallRun(tmp_path / "c", keep=2)
+    assert "room" not in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -41,9 +41,9 @@ def test_a_learning_rate_that_is_far_too_high_is_said(tmp_path, sets, capsys):
     assert rows[-1]["objective"] < rows[0]["objective"] - 0.1
 
     printed = capsys.readouterr()
-    assert printed.err.count("is at chance (4.159)") == 1
+    assert printed.err.count("is at chance (4.159): the model tells no caption from another") == 1
     last = printed.out.splitlines()[-1]
-    assert re.search(r"^done in .* But mbcl 4\.\d+ is at chance .* Try a lower lr", last)
+    assert re.search(r"^done in .* But mbcl 4\.\d+ is at chance .* nothing was learned", last)
 
 
 def noise(name, generator, size=32):
@@ -307,7 +307,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, capsys):
         ranks.run(training.main, words_of(**settings))
 
     # One line, with a command that can be copied; exit status 1, and no traceback.
-    message = r"error: .* of 192 samples are bad: {'corrupt image': \d+}; look at the data: "
+    message = r"error: .* of 192 samples are bad: {'corrupt image': \d+}; more than 1% end a run"
     assert re.match(message, end.value.code)
     assert end.value.code.endswith(f"python -m ingest.index --verify '{sets['train_data']}'")
     assert "error" not in capsys.readouterr().err

@@ -265,7 +265,9 @@ def test_a_folder_that_is_not_there_is_answered_by_those_that_are(tmp_path, fini
     os.makedirs(tmp_path / "empty")
     # In out_dir itself, too, where another run's checkpoint would be refused.
     refused("does not exist; ", **finished, resume=f"{out}/checkpoints/step-3")
-    refused("SHA256SUMS is missing", **new, resume=str(tmp_path / "empty"))
+    refused("is neither a checkpoint nor a run; it is auto", **new, resume=str(tmp_path / "empty"))
+    runs = os.path.dirname(out)
+    refused("is neither a checkpoint nor a run; did you mean", out, **new, resume=runs)
 
 
 def test_a_finished_run_says_that_it_is(finished, sets, capsys):
