@@ -9,6 +9,9 @@ from ingest.images import IMAGES, OTHER_IMAGES
 
 MAX_FILES = 10_000  # so many are looked at: the folder may be large, and far away
 
+# What some call a file with a caption.
+OTHER_CAPTIONS = {"caption", "cap", "text"}
+
 
 def pack_command(folder):
     """-> (the command that packs a folder of samples, the tar that it writes here)."""
@@ -39,6 +42,11 @@ def no_shards(folder):
             f"pack it, `{pack}`, and give {tar}; images without a caption are then left out, and "
             "counted"
         )
+
+    if not kinds.keys().isdisjoint({"csv", "tsv"}):
+        return message + "docs/data.md has the lines of Python that pack images listed in a table"
+    if not kinds.keys().isdisjoint(OTHER_CAPTIONS):
+        return message + f"rename the captions to KEY.txt, then pack it, `{pack}`"
 
     message += f"write a caption KEY.txt beside each KEY.jpg, then pack it, `{pack}`"
     places = {os.path.dirname(path) for path in paths}

@@ -175,12 +175,18 @@ def check_caption_key(url, kinds, caption_key):
 
 
 def first_samples(url, kinds):
-    """The files of a shard's first samples -> list of {extension: bytes}; empty if unreadable."""
+    """A shard's first samples, without their images -> list of {extension: bytes}.
+
+    Empty if the shard cannot be read.
+    """
+    texts = []
     try:
         samples = usable_samples(url, kinds, range(NUM_LOOKED_AT))
-        return [files for _, files in islice(samples, NUM_LOOKED_AT)]
+        for _, files in islice(samples, NUM_LOOKED_AT):
+            texts.append({kind: files[kind] for kind in kinds if kind in files})
     except (OSError, tarfile.TarError):
         return []
+    return texts
 
 
 def frequent(keys):

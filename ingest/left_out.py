@@ -10,13 +10,11 @@ import shlex
 from collections import Counter
 
 from config import ConfigError
+from ingest.folders import OTHER_CAPTIONS
 from ingest.images import IMAGES, OTHER_IMAGES
 from ingest.urls import is_local
 
 ALL_IMAGES = IMAGES | OTHER_IMAGES
-
-# What some call a file with a caption.
-OTHER_CAPTIONS = ("caption", "cap", "text")
 
 # The reasons, and what to do about each.
 NOT_READ = "of a kind that is not read"
@@ -28,7 +26,10 @@ OTHER_NAME = "with KEY.caption, KEY.cap or KEY.text, but without KEY.txt"
 DOTS = "with a dot in the name"
 REMEDIES = {
     NOT_READ: f"convert them to one of {', '.join(sorted(IMAGES))}",
-    NO_CAPTION: "add it in the same folder, as KEY.txt or, with caption_key, in KEY.json",
+    NO_CAPTION: (
+        "add it in the same folder, as KEY.txt or, with caption_key, in KEY.json; for eval_data, "
+        "a class will do, KEY.cls"
+    ),
     NO_IMAGE: "add it in the same folder, as KEY.jpg",
     ONLY_JSON: "set caption_key to the entry that holds the caption",
     ONLY_TXT: "leave caption_key out",

@@ -502,6 +502,8 @@ def write_files(folder, *names):
             "if the 2 folders are classes, for eval_data: a sample needs",
         ),
         (["0.jpg"], "write a caption KEY.txt beside each KEY.jpg"),
+        (["0.jpg", "0.caption"], "rename the captions to KEY.txt, then pack it, `tar"),
+        (["0.jpg", "all.csv"], "docs/data.md has the lines of Python that pack images listed in"),
         (["a.parquet"], "holds no tar, but 1 parquet: give tar shards"),
         ([], "is an empty folder"),
     ],
