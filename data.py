@@ -348,7 +348,8 @@ class LaneReader:
         first_id = self.block_ids[position - part.block_start]
         raise ShardError(
             f"{len(reasons)} bad samples in a row, from sample {first_id} on: "
-            f"{dict(Counter(reasons))}"
+            f"{dict(Counter(reasons))}; look at the data: python -m ingest.index --verify SHARDS, "
+            "with --caption_key if it is set"
         )
 
     def candidates(self, part, position):

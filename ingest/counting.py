@@ -8,6 +8,7 @@ are counted, or in OSError or tarfile.TarError. Nothing of it is ever run, or wr
 
 import json
 import os
+import re
 import shlex
 import sys
 import tarfile
@@ -20,8 +21,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from config import ConfigError
+from ingest.folders import pack_command
 from ingest.images import IMAGES, BadSample, decode
-from ingest.left_out import LeftOut, check_order
+from ingest.left_out import LeftOut, check_order, with_remedies
 from ingest.tar import MAX_TEXT_BYTES, captions, members, usable_samples
 from ingest.urls import is_local, open_url, shard_name, sibling
 
@@ -42,6 +44,9 @@ COMPRESSED = {
     b"(\xb5/\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
+
+# How pictures begin; WebP has its size in between.
+PICTURES = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", re.DOTALL)
 
 # Names of files that list images instead of holding them.
 TABLES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
@@ -193,9 +198,9 @@ def count_samples(url, kinds, verify, caption_key, count_remote=True, sizes=None
                 reason = reason_against(files, caption_key)
                 if reason:
                     bad[reason] += 1
-                    tqdm.write(f"{url} {shown(key)}: {reason}")
+                    say(f"{url} {shown(key)}: {reason}")
         if not count:
-            found.update(extension for *_, extension in members(url))
+            found.update(extension.rpartition(".")[2] for *_, extension in members(url))
     except (OSError, tarfile.TarError) as error:
         size = f" ({os.path.getsize(url)} bytes)" if os.path.exists(url) else ""
         raise ConfigError(
@@ -204,11 +209,23 @@ def count_samples(url, kinds, verify, caption_key, count_remote=True, sizes=None
         ) from error
 
     if verify:
-        tqdm.write(f"{url}: {count} samples, bad: {dict(bad) or 'none'}")
+        num_left_out = left_out.counts.total()
+        say(f"{url}: {count} samples, left out: {num_left_out}, bad: {dict(bad) or 'none'}")
     check_order(url, left_out)
     if found:
-        raise ConfigError(no_usable_sample(url, kinds, found))
+        raise ConfigError(no_usable_sample(url, left_out, found))
     return ShardCount(count, left_out.counts, bad)
+
+
+def say(line):
+    """Print a line while the bar of `count` may be shown.
+
+    On a terminal tqdm moves the bar out of the way. Into a file it would repeat the bar each time.
+    """
+    if sys.stderr.isatty():
+        tqdm.write(line)
+    else:
+        print(f"{line}\n", end="", flush=True)  # one write, as several threads may print
 
 
 def reason_against(files, caption_key):
@@ -227,30 +244,34 @@ def remedy_for(url):
     start = b""
     if is_local(url):
         with suppress(OSError), open(url, "rb") as f:
-            start = f.read(8)
+            start = f.read(12)
     if url.lower().endswith(TABLES):
         return (
             "it is a table: img2dataset makes shards out of one with URLs and captions "
-            "(docs/data.md)"
+            "(docs/data.md, also for one with file names)"
         )
+    if PICTURES.match(start):
+        command, tar = pack_command(os.path.dirname(url) or ".")
+        return f"it is a picture: pack its folder, `{command}`, and give {tar}"
     for magic, program in COMPRESSED.items():
         if start.startswith(magic):
             return f"it is compressed ({program}), and a shard is a plain tar: unpack it"
     return "fetch it again, or leave it out"
 
 
-def no_usable_sample(url, kinds, found):
-    """The message about a shard without a usable sample. found: Counter of its extensions."""
+def no_usable_sample(url, left_out, found):
+    """The message about a shard without a usable sample.
+
+    left_out: the LeftOut that has looked at it. found: Counter of the extensions in it.
+    """
     contents = [f"{number} {shown(extension)}" for extension, number in found.most_common(8)]
-    message = (
-        f"{url} has no usable sample: one needs an image ({', '.join(sorted(IMAGES))}) and, in the "
-        f"same folder and of the same name, {' or '.join(kinds)}; it holds {', '.join(contents)}"
-    )
-    if "json" in found and "json" not in kinds:
-        message += "; set caption_key if captions are in KEY.json"
-    if "txt" in found and "txt" not in kinds:
-        message += "; leave caption_key out if captions are in KEY.txt"
-    return message
+    texts = [f"KEY.{kind}" for kind in sorted(left_out.kinds)]
+    lines = [
+        f"{url} has no usable sample: one is an image, KEY.jpg ({', '.join(sorted(IMAGES))}), and "
+        f"{' or '.join(texts)}; it holds {', '.join(contents)}",
+        *with_remedies(left_out.counts),
+    ]
+    return "; ".join(lines)
 
 
 def shown(name):

@@ -9,6 +9,15 @@ from ingest.images import IMAGES, OTHER_IMAGES
 
 MAX_FILES = 10_000  # so many are looked at: the folder may be large, and far away
 
+# What some call a file with a caption.
+OTHER_CAPTIONS = {"caption", "cap", "text"}
+
+
+def pack_command(folder):
+    """-> (the command that packs a folder of samples, the tar that it writes here)."""
+    tar = os.path.basename(os.path.abspath(folder)) + ".tar"
+    return f"tar --sort=name -cf {shlex.quote(tar)} -C {shlex.quote(folder)} .", shlex.quote(tar)
+
 
 def no_shards(folder):
     """A folder -> the message that it is no shard, what it holds, and how to make shards of it."""
@@ -22,22 +31,31 @@ def no_shards(folder):
         return f"{folder} is an empty folder: give tar shards"
 
     contents = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5) if kind)
-    more = " and more" if len(paths) == MAX_FILES else ""
-    message = f"{folder} is a folder and holds no tar, but {contents or 'other files'}{more}: "
+    among = f" among the first {MAX_FILES:,} files" if len(paths) == MAX_FILES else ""
+    message = f"{folder} is a folder and holds no tar, but {contents or 'other files'}{among}: "
     if kinds.keys().isdisjoint(IMAGES | OTHER_IMAGES):
         return message + "give tar shards"
 
-    tar = shlex.quote(os.path.normpath(folder) + ".tar")
-    pack = f"tar --sort=name -cf {tar} -C {shlex.quote(folder)} ."
+    pack, tar = pack_command(folder)
     if not kinds.keys().isdisjoint({"txt", "json"}):
-        return message + f"pack it, `{pack}`, and give {tar}"
+        return message + (
+            f"pack it, `{pack}`, and give {tar}; images without a caption are then left out, and "
+            "counted"
+        )
 
+    if not kinds.keys().isdisjoint({"csv", "tsv"}):
+        return message + "docs/data.md has the lines of Python that pack images listed in a table"
+    if not kinds.keys().isdisjoint(OTHER_CAPTIONS):
+        return message + f"rename the captions to KEY.txt, then pack it, `{pack}`"
+
+    message += f"write a caption KEY.txt beside each KEY.jpg, then pack it, `{pack}`"
     places = {os.path.dirname(path) for path in paths}
-    if len(places) > 1:
-        message += f"images in {len(places)} folders, as of classes, have no captions; "
+    if len(places) == 1:
+        return message
     return message + (
-        "write a caption KEY.txt beside each KEY.jpg (of an evaluation set, the number of its "
-        f"class, KEY.cls), then pack it, `{pack}`"
+        f"; if the {len(places)} folders are classes, for eval_data: a sample needs KEY.cls, the "
+        "number of its class counted from 0, and their names stand in classnames.txt beside the "
+        "tar; docs/data.md has the lines of Python that pack such folders"
     )
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import sys
 import tarfile
 import time
@@ -27,14 +28,18 @@ import numpy as np
 
 from config import Config, ConfigError, nearest, or_exit
 from ingest.counting import ShardCounter, shown
+from ingest.images import BadSample
 from ingest.left_out import check_share, summary
-from ingest.tar import usable_samples
+from ingest.tar import captions, may_be_captions, usable_samples
 from ingest.urls import expand, is_local, split_patterns
 
 SAVE_SECONDS = 30  # between two drafts of the counts: what a kill may cost
 
 # Among so many samples, one at least must have the caption key.
 NUM_LOOKED_AT = 20
+
+# Captions of so many lines, in the median, are likely to be several captions.
+MANY_LINES = 3
 
 
 class Index(NamedTuple):
@@ -134,32 +139,76 @@ def joined(parts, kinds):
 
 
 def check_caption_key(url, kinds, caption_key):
-    """ConfigError if none of a shard's first samples has this entry in its KEY.json.
+    """ConfigError if none of a shard's first samples has text in this entry of its KEY.json.
 
     A set whose samples have classes does not need captions. A shard that cannot be read is passed
     over: that is found elsewhere.
     """
+    samples = first_samples(url, kinds)
     keys = Counter()
-    num_samples = 0
-    try:
-        samples = usable_samples(url, kinds, range(NUM_LOOKED_AT))
-        for _, files in islice(samples, NUM_LOOKED_AT):
-            entries = json_entries(files)
-            if caption_key in entries or "cls" in files:
-                return
-            keys.update(entries)
-            num_samples += 1
-    except (OSError, tarfile.TarError):
-        return
+    text_keys = Counter()
+    no_text = None
+    for files in samples:
+        entries = json_entries(files)
+        texts = {key for key, value in entries.items() if may_be_captions(value)}
+        if caption_key in texts or "cls" in files:
+            return
+        if caption_key in entries:
+            no_text = entries[caption_key]
+        keys.update(entries.keys())
+        text_keys.update(key for key in entries if key in texts and entries[key])
     if not keys:
         return
 
-    frequent = [key for key, _ in keys.most_common(50)]
-    there = ", ".join(shown(key) for key in frequent[:10])
+    # A stranger's file may have many keys.
+    similar = [key for key, _ in keys.most_common(50)]
+    where = f"eval_data, {url}" if "cls" in kinds else url
+    if caption_key in keys:
+        raise ConfigError(
+            f"{where}: the entry {caption_key!r} of KEY.json, the caption_key, is no text but "
+            f"{shown(reprlib.repr(no_text))}; entries with text: {frequent(text_keys)}"
+        )
     raise ConfigError(
-        f"{url}: none of the first {num_samples} samples has the caption_key {caption_key!r} in "
-        f"its KEY.json; they have {there}{nearest(caption_key, frequent)}"
+        f"{where}: none of the first {len(samples)} samples has the caption_key {caption_key!r} in "
+        f"its KEY.json; they have {frequent(keys)}{nearest(caption_key, similar)}"
     )
+
+
+def first_samples(url, kinds):
+    """A shard's first samples, without their images -> list of {extension: bytes}.
+
+    Empty if the shard cannot be read.
+    """
+    texts = []
+    try:
+        samples = usable_samples(url, kinds, range(NUM_LOOKED_AT))
+        for _, files in islice(samples, NUM_LOOKED_AT):
+            texts.append({kind: files[kind] for kind in kinds if kind in files})
+    except (OSError, tarfile.TarError):
+        return []
+    return texts
+
+
+def frequent(keys):
+    """Counter of keys -> the ten most frequent, to be printed."""
+    return ", ".join(shown(key) for key, _ in keys.most_common(10)) or "none"
+
+
+def note_caption_lines(index):
+    """Print a line if KEY.txt of training data has many lines, of which each may be a caption.
+
+    To be called if config.caption_lines is false, which makes one caption of the whole text.
+    """
+    numbers = []
+    for files in first_samples(index.shards[0], index.kinds):
+        with suppress(BadSample):
+            numbers.append(len(captions(files, "", lines=True)))
+    if numbers and np.median(numbers) >= MANY_LINES:
+        print(
+            f"captions have about {np.median(numbers):g} lines: caption_lines = True draws one of "
+            "them for each use; otherwise all of the text is one caption",
+            file=sys.stderr,
+        )
 
 
 def json_entries(files):

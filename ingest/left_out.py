@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 
 from config import ConfigError
+from ingest.folders import OTHER_CAPTIONS
 from ingest.images import IMAGES, OTHER_IMAGES
 from ingest.urls import is_local
 
@@ -21,13 +22,18 @@ NO_CAPTION = "without caption"
 NO_IMAGE = "without image"
 ONLY_JSON = "with KEY.json but without KEY.txt"
 ONLY_TXT = "with KEY.txt but without KEY.json"
+OTHER_NAME = "with KEY.caption, KEY.cap or KEY.text, but without KEY.txt"
 DOTS = "with a dot in the name"
 REMEDIES = {
     NOT_READ: f"convert them to one of {', '.join(sorted(IMAGES))}",
-    NO_CAPTION: "add it under the same key, as KEY.txt or, with caption_key, in KEY.json",
-    NO_IMAGE: "add it under the same key",
+    NO_CAPTION: (
+        "add it in the same folder, as KEY.txt or, with caption_key, in KEY.json; for eval_data, "
+        "a class will do, KEY.cls"
+    ),
+    NO_IMAGE: "add it in the same folder, as KEY.jpg",
     ONLY_JSON: "set caption_key to the entry that holds the caption",
     ONLY_TXT: "leave caption_key out",
+    OTHER_NAME: "rename these to KEY.txt",
     DOTS: "a key ends at the first dot, so rename the files",
 }
 
@@ -86,6 +92,8 @@ class LeftOut:
             return ONLY_JSON
         if "txt" in extensions and "txt" not in self.kinds:
             return ONLY_TXT
+        if "txt" in self.kinds and not extensions.isdisjoint(OTHER_CAPTIONS):
+            return OTHER_NAME
         return NO_CAPTION
 
     def remember(self, key, own, other):
@@ -105,7 +113,9 @@ def check_order(url, left_out):
     """ConfigError if the shard's images and captions of the same key are apart from each other."""
     if not left_out.num_torn:
         return
-    unpack = f"tar -xf {shlex.quote(url)} -C FOLDER" if is_local(url) else "unpack it into FOLDER"
+    unpack = "unpack it into FOLDER"
+    if is_local(url):
+        unpack = f"mkdir FOLDER && tar -xf {shlex.quote(url)} -C FOLDER"
     raise ConfigError(
         f"{url} holds image and caption of {left_out.num_torn:,} samples apart from each other, "
         f"as plain tar writes a folder; shards are read forwards, so pack it again: {unpack}, then "
@@ -119,6 +129,18 @@ def check_order(url, left_out):
 def summary(counts):
     """Counts -> one line: "12 jpg without caption, 3 txt without image"."""
     return ", ".join(f"{number:,} {text}" for text, number in counts.most_common())
+
+
+def with_remedies(counts):
+    """Counts -> lines "12 jpg without caption: what to do about it", the most frequent first."""
+    lines = []
+    for text, number in counts.most_common():
+        line = f"{number:,} {text}"
+        reason = text.partition(" ")[2]
+        if reason in REMEDIES:  # an older index may word it differently
+            line += f": {REMEDIES[reason]}"
+        lines.append(line)
+    return lines
 
 
 def check_share(patterns, index, allowed):
@@ -136,14 +158,9 @@ def check_share(patterns, index, allowed):
 
     lines = [
         f"{patterns}: {number:,} of {total:,} samples ({share:.1%}) would be left out, more than "
-        f"allow_left_out = {allowed:g}:"
+        f"allow_left_out = {allowed:g}:",
+        *with_remedies(index.left_out),
     ]
-    for text, count in index.left_out.most_common():
-        line = f"{count:,} {text}"
-        reason = text.partition(" ")[2]
-        if reason in REMEDIES:  # an older index may word it differently
-            line += f": {REMEDIES[reason]}"
-        lines.append(line)
     enough = math.ceil(100 * share) / 100
     lines.append(f"mend the shards, or go on without these: --allow_left_out={enough:g}")
     raise ConfigError("\n  ".join(lines))

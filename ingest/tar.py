@@ -191,7 +191,7 @@ def captions(files, caption_key, lines=False):
 
     files: {extension: bytes}. caption_key: this entry of KEY.json, a string or a list of strings;
     '': the text of KEY.txt, which is one caption, or one caption per line if `lines` is true.
-    Raises BadSample if there is no caption.
+    Raises BadSample if there is no caption, or none that is text.
     """
     try:
         if caption_key:
@@ -209,5 +209,11 @@ def captions(files, caption_key, lines=False):
     texts = [text.strip() for text in value if isinstance(text, str)]
     texts = [text[:MAX_CHARACTERS] for text in texts if text]
     if not texts:
-        raise BadSample("empty caption")
+        raise BadSample("empty caption" if may_be_captions(value) else "caption is no text")
     return texts
+
+
+def may_be_captions(value):
+    """Whether an entry of KEY.json is text, a list with text in it, or empty: null or []."""
+    values = value if isinstance(value, list) else [value]
+    return not values or any(value is None or isinstance(value, str) for value in values)

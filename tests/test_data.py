@@ -531,7 +531,7 @@ def test_unreadable_shard_is_named(tmp_path):
 def test_error_in_a_worker_arrives(tmp_path):
     empty = {f"s{n}": {"txt": b" "} for n in range(10)}
     order = order_of(write_shards(tmp_path, (10,), **empty), 4, 2)
-    with pytest.raises(ShardError, match=r"1\d bad samples in a row.*empty caption"):
+    with pytest.raises(ShardError, match=r"1\d bad samples in a row.*empty caption.*--verify"):
         load(order, 0, 2, workers=1)
 
 

@@ -320,8 +320,10 @@ def test_captions_that_are_hard_to_read():
         b'{"t": 1e999',
     ):
         assert reason(tar_files.captions, {"json": content}, "t") == "no caption"
-    for content in (b'{"t": null}', b'{"t": [1, {}, "  "]}', b'{"t": {"a": "b"}}'):
+    for content in (b'{"t": null}', b'{"t": []}', b'{"t": [1, {}, "  "]}'):
         assert reason(tar_files.captions, {"json": content}, "t") == "empty caption"
+    for content in (b'{"t": {"a": "b"}}', b'{"t": 7}', b'{"t": [1, {}]}'):
+        assert reason(tar_files.captions, {"json": content}, "t") == "caption is no text"
     assert reason(tar_files.captions, {"jpg": b""}, "") == "no caption"
     assert reason(tar_files.captions, {"txt": b" \n\t"}, "") == "empty caption"
 
@@ -423,6 +425,7 @@ NAMES_LEFT_OUT = [
     (["1.svg", "1.png", "1.txt"], {}),
     (["1.jpg", "1.json"], {"jpg with KEY.json but without KEY.txt": 1}),
     (["1.json", "2.wav"], {}),
+    (["1.jpg", "1.cap"], {"jpg with KEY.caption, KEY.cap or KEY.text, but without KEY.txt": 1}),
     (["a.b.jpg", "a.b.txt", "a.c.jpg", "a.c.txt"], {"jpg with a dot in the name": 2}),
     (["a.jpg", "a.txt", "a.b.png", "a.b.txt"], {"png with a dot in the name": 1}),
     (["a.jpg", "a.txt", "a.seg.png"], {}),
@@ -486,7 +489,6 @@ def test_the_number_of_torn_samples(tmp_path):
 def test_a_scattered_shard_packed_again_as_the_message_says(tmp_path):
     path = write_scattered(tmp_path / "x.tar")
     folder = tmp_path / "files"
-    folder.mkdir()
     with pytest.raises(ConfigError) as error:
         load_index(path)
     unpack, pack = str(error.value).split("pack it again: ")[1].split(", then ")

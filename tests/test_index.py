@@ -6,6 +6,7 @@ The last tests read the same shards with webdataset.
 import http.server
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -20,8 +21,10 @@ import webdataset
 
 import helpers
 from config import ConfigError, or_exit
+from conftest import ROOT
 from ingest import index, urls
 from ingest.counting import count_samples
+from ingest.evaluation import class_list
 from ingest.images import BadSample
 from ingest.index import load_index
 from ingest.reader import Reader
@@ -301,7 +304,19 @@ def test_shards_without_usable_samples(tmp_path):
     images = [(f"{number}.jpg", b"") for number in range(4)]
     refused(
         write_tar(tmp_path / "plain.tar", images + [("x.json", b"")]),
-        "plain.tar has no usable sample: .*image.*txt; it holds 4 jpg, 1 json; set caption_key",
+        "plain.tar has no usable sample: .*image.*KEY.txt; it holds 4 jpg, 1 json; "
+        "4 jpg without caption: .* or, with caption_key, in KEY.json",
+    )
+    dotted = [("1 v1.2.jpg", b""), ("1 v1.2.txt", b""), ("2 v1.2.jpg", b""), ("2 v1.2.txt", b"")]
+    refused(
+        write_tar(tmp_path / "dotted.tar", dotted),
+        "it holds 2 jpg, 2 txt; 2 jpg with a dot in the name: .* rename the files",
+    )
+    refused(
+        write_tar(tmp_path / "classes.tar", images),
+        "KEY.jpg .* and KEY.cls or KEY.json; it holds 4 jpg",
+        caption_key="texts",
+        evaluation=True,
     )
     refused(write_tar(tmp_path / "nothing.tar", []), "no usable sample in 1 shards")
 
@@ -319,7 +334,7 @@ def test_command_line(tmp_path, capsys):
     )
     assert result.returncode == 0
     assert "8 samples in 2 shards" in result.stdout
-    assert "00001.tar: 4 samples, bad: none" in result.stdout
+    assert "00001.tar: 4 samples, left out: 0, bad: none" in result.stdout
     assert "indexing" in result.stderr
     assert result.stderr.count("index written: ") == 1
 
@@ -367,12 +382,32 @@ def test_verify_fails_if_samples_are_bad(tmp_path, capsys):
 
     printed = capsys.readouterr().out
     assert "00000.tar 00002: corrupt image" in printed
-    line = "00001.tar: 4 samples, bad: {'corrupt image': 1, 'empty caption': 1}"
+    line = "00001.tar: 4 samples, left out: 0, bad: {'corrupt image': 1, 'empty caption': 1}"
     assert line in printed
     assert not out.exists()
 
 
-# ---- a mistyped caption_key ----
+def test_verify_repeats_no_bar_in_a_file(tmp_path, capsys):
+    bad = {f"s{number}": {"txt": b""} for number in range(20)}
+    pattern = write_shards(tmp_path / "a", (20,), **bad)
+    with pytest.raises(ConfigError, match="20 of 20 samples cannot be used"):
+        load_index(pattern, verify=True)
+    printed = capsys.readouterr()
+    assert printed.out.count("empty caption\n") == 20
+    assert printed.err.count("indexing") <= 2
+
+
+def test_verify_tells_what_is_left_out(tmp_path, capsys):
+    without_text = {"txt": None, "json": None}
+    load_index(
+        write_shards(tmp_path, (4,), s1=without_text, s2=without_text),
+        verify=True,
+        allow_left_out=0.5,
+    )
+    assert "00000.tar: 2 samples, left out: 2, bad: none" in capsys.readouterr().out
+
+
+# ---- a caption_key that cannot be meant ----
 
 
 @pytest.mark.parametrize("options", [[], ["--verify"]], ids=str)
@@ -397,6 +432,32 @@ def test_a_mistyped_caption_key_is_named_although_the_index_is_known(tmp_path):
 def test_a_caption_key_may_be_missing_from_some_samples(tmp_path, first):
     pattern = write_shards(tmp_path, (3,), s0={"json": first}, s1={"json": b'{"other": 1}'})
     assert counts(pattern, "texts") == [3]
+
+
+@pytest.mark.parametrize("value", [None, {"a": 1}, 7, ["a"]], ids=str)
+def test_a_mistyped_caption_key_beside_entries_of_any_kind(tmp_path, value):
+    content = json.dumps({"texts": ["a"], "other": value}).encode()
+    changes = {f"s{number}": {"json": content} for number in range(3)}
+    pattern = write_shards(tmp_path, (3,), **changes)
+    refused(pattern, "has the caption_key 'x' .* they have texts, other", caption_key="x")
+
+
+@pytest.mark.parametrize("value", [{"en": "a"}, 7, [1, 2], False], ids=str)
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_caption_key_that_holds_no_text(tmp_path, value, verify):
+    content = json.dumps({"texts": ["a"], "lang": value, "empty": None}).encode()
+    changes = {f"s{number}": {"json": content} for number in range(3)}
+    pattern = write_shards(tmp_path, (3,), **changes)
+    with pytest.raises(ConfigError) as error:
+        load_index(pattern, "lang", verify=verify)
+    assert f"'lang' of KEY.json, the caption_key, is no text but {value}; " in str(error.value)
+    assert str(error.value).endswith("entries with text: texts")
+
+
+def test_an_evaluation_set_without_the_caption_key_is_named(tmp_path):
+    pattern = write_shards(tmp_path, (3,))
+    match = "^eval_data, .*00000.tar: none of the first 3 samples has the caption_key 'caption'"
+    refused(pattern, match, caption_key="caption", evaluation=True)
 
 
 def test_an_evaluation_set_with_classes_needs_no_caption_key(tmp_path):
@@ -432,9 +493,17 @@ def write_files(folder, *names):
     [
         (["0.tar", "1.tar", "0_stats.json"], "a folder: give its shards, '{folder}/*.tar'"),
         (["x/y/0.tar", "x/z/1.tar", "readme"], "give its shards, '{folder}/*/*/*.tar'"),
-        (["0.jpg", "0.txt", "x/1.png"], "pack it, `tar --sort=name -cf {folder}.tar -C {folder} ."),
-        (["n01/0.JPEG", "n02/1.JPEG"], "2 jpeg: images in 2 folders, as of classes"),
+        (
+            ["0.jpg", "0.txt", "x/1.png"],
+            "pack it, `tar --sort=name -cf set.tar -C {folder} .`, and",
+        ),
+        (
+            ["n01/0.JPEG", "n02/1.JPEG"],
+            "if the 2 folders are classes, for eval_data: a sample needs",
+        ),
         (["0.jpg"], "write a caption KEY.txt beside each KEY.jpg"),
+        (["0.jpg", "0.caption"], "rename the captions to KEY.txt, then pack it, `tar"),
+        (["0.jpg", "all.csv"], "docs/data.md has the lines of Python that pack images listed in"),
         (["a.parquet"], "holds no tar, but 1 parquet: give tar shards"),
         ([], "is an empty folder"),
     ],
@@ -451,17 +520,92 @@ def test_a_folder_in_place_of_shards(tmp_path, names, expected):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_the_command_that_packs_a_folder_makes_a_shard(tmp_path):
-    """Tried as it is printed."""
-    folder = tmp_path / "my set"
+def test_a_large_folder_is_not_counted_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("ingest.folders.MAX_FILES", 3)
+    write_files(tmp_path, "0.jpg", "1.jpg", "2.jpg", "3.jpg")
+    refused(str(tmp_path), "3 jpg among the first 3 files: ")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_a_picture_in_place_of_a_shard(tmp_path, kind):
+    folder = tmp_path / "photos"
     folder.mkdir()
+    (folder / "0").write_bytes(picture(0, kind))
+    command = f"`tar --sort=name -cf photos.tar -C {folder} .`"
+    refused(str(folder / "0"), f"it is a picture: pack its folder, {command}, and give photos.tar")
+
+
+def test_the_command_that_packs_a_folder_makes_a_shard(tmp_path, monkeypatch):
+    """Tried as it is printed, where the folder's parent may not be written."""
+    folder = tmp_path / "their sets" / "my set"
+    folder.mkdir(parents=True)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     for name, content in sample(0) + sample(1):
         (folder / name).write_bytes(content)
     with pytest.raises(ConfigError) as error:
         load_index(str(folder))
     command = str(error.value).split("`")[1]
     subprocess.run(command, shell=True, check=True)
-    assert counts(f"{folder}.tar") == [2]
+    assert counts("my set.tar") == [2]
+    assert os.listdir(folder.parent) == ["my set"]
+
+
+# ---- the lines of Python in docs/data.md ----
+
+
+def python_in_docs(word):
+    """-> the block of Python in docs/data.md in which the word occurs."""
+    with open(os.path.join(ROOT, "docs", "data.md"), encoding="utf-8") as f:
+        blocks = re.findall(r"```python\n(.*?)```", f.read(), re.DOTALL)
+    (block,) = [block for block in blocks if word in block]
+    return block
+
+
+def test_shards_of_a_folder_of_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        folder = tmp_path / "imagenet" / "val" / f"n{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.with.dots.JPG").write_bytes(picture(3 * number, "jpg"))
+
+    exec(python_in_docs("classnames.txt"), {})
+    names, _ = class_list(str(tmp_path / "data" / "val"))
+    assert names == ["n0", "n1"]
+    loaded = load_index("data/val/*.tar", evaluation=True)
+    reader = Reader(loaded)
+    labels = [reader.read(i)["cls"] for i in range(loaded.num_samples)]
+    assert labels == [b"0"] * 3 + [b"1"] * 3
+    assert not loaded.left_out
+
+
+def test_shards_of_a_table_of_file_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.b.PNG").write_bytes(picture(1, "png"))
+    (tmp_path / "images" / "c.jpg").write_bytes(picture(3, "jpg"))
+    table = 'file,caption\na.b.PNG,"a, ü"\nc.jpg,c\n'
+    (tmp_path / "images" / "captions.csv").write_text(table, encoding="utf-8")
+
+    exec(python_in_docs("csv"), {})
+    loaded = load_index("data/mine/*.tar")
+    reader = Reader(loaded)
+    assert [captions(reader.read(i), "") for i in range(2)] == [["a, ü"], ["c"]]
+    assert loaded.num_samples == 2
+    assert not loaded.left_out
+
+
+# ---- several captions in a text ----
+
+
+def test_captions_of_many_lines_are_noted(tmp_path, capsys):
+    many = {f"s{number}": {"txt": b"one\ntwo\nthree\n"} for number in range(4)}
+    few = {f"s{number}": {"txt": b"one\ntwo"} for number in range(4)}
+    index.note_caption_lines(load_index(write_shards(tmp_path / "few", (5,), **few)))
+    assert "caption_lines" not in capsys.readouterr().err
+    index.note_caption_lines(load_index(write_shards(tmp_path / "many", (5,), **many)))
+    assert "captions have about 3 lines: caption_lines = True draws" in capsys.readouterr().err
 
 
 # ---- the same shard to train on and to evaluate ----
