@@ -14,7 +14,12 @@ import torch
 import dist
 from config import BadRun, ConfigError, stop_seconds
 from ingest import evaluation
-from ingest.index import load_index, warn_of_repeated_shards, warn_of_shared_shards
+from ingest.index import (
+    load_index,
+    note_caption_lines,
+    warn_of_repeated_shards,
+    warn_of_shared_shards,
+)
 from runtime import checkpoint, hardware
 from runtime.log import Log, check_packages
 from runtime.ranks import Interrupted, Vote, from_first_rank
@@ -141,6 +146,8 @@ class Job:
             allow_left_out=c.allow_left_out,
         )
         from_first_rank(warn_of_repeated_shards, index)
+        if not c.caption_lines:
+            from_first_rank(note_caption_lines, index)
         if c.eval_data:
             evaluated = self.once(evaluation.check, c)
             from_first_rank(warn_of_shared_shards, index, evaluated.index)
