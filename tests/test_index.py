@@ -612,9 +612,9 @@ def test_a_run_notes_captions_of_many_lines(tmp_path, capsys):
     many = {f"s{number}": {"txt": b"one\ntwo\nthree\n"} for number in range(8)}
     settings = dict(train_data=write_shards(tmp_path / "many", (8,), **many))
     settings.update(out_dir=str(tmp_path / "run"), batch_size=64)
-    refused("do not fill one global batch", **settings, caption_lines=True)
+    helpers.refused("do not fill one global batch", **settings, caption_lines=True)
     assert "captions have about" not in capsys.readouterr().err
-    refused("do not fill one global batch", **settings)
+    helpers.refused("do not fill one global batch", **settings)
     assert "captions have about 3 lines" in capsys.readouterr().err
 
 
