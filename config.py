@@ -269,14 +269,20 @@ OTHER_WORDS = {
     "dataset-type": "not needed, the data are always tar shards, as in webdataset",
     "dataset-resampled": "not needed, an epoch sees every sample once",
     "csv-caption-key": "--caption_key=KEY, of the JSON beside each image",
+    "csv-img-key": "not needed, the data are tar shards (docs/data.md has a recipe for tables)",
+    "csv-separator": "not needed, the data are tar shards (docs/data.md has a recipe for tables)",
     "aug-cfg": "--crop_scale='(0.9, 1)'",
     # model
     "pretrained": "there are no pretrained weights; --resume=RUN continues a run of ours",
     "pretrained-image": "there are no pretrained weights; --resume=RUN continues a run of ours",
     "force-image-size": "--image_size=PIXELS",
+    "lock-image": "there is none, both towers are always trained",
+    "lock-text": "there is none, both towers are always trained",
+    "siglip": "there is none; the table in README.md has the losses",
     "torchcompile": "--compile=True",
     # length and batch
     "batch-size": "--batch_size=N, the batch of all ranks together, not of each",
+    "stop_epochs": "--stop_after=N, in steps of this job, or --max_steps=N, of the run",
     "accum-freq": "--micro_batch=N, samples per rank in one forward pass",
     # optimizer
     "warmup": "--warmup_steps=N",
@@ -289,9 +295,10 @@ OTHER_WORDS = {
     "skip-scheduler": "not needed, write a constant learning rate into optim.lr",
     # method
     "fastclip": "--algorithm=fastclip-v3 (openclip, sogclr, isogclr, fastclip-v0 to -v3)",
+    "fastclip_eps": "--eps_u=X",
     "temperature": "--tau_init=X",
     "temperature_scheme": "--algorithm=NAME decides it: see the table in README.md",
-    "multiply_tau": "--algorithm=NAME decides it: fastclip-v0 is the one without the factor tau",
+    "multiply_tau": "--algorithm=NAME and --equations=paper or release decide it",
     "lr_tau_scheduler": "--lr_tau_schedule=constant, cosine or threshold (their step_thresh)",
     "gamma": "--gamma_min=X",
     # saving and logging
