@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.utils import CompilationMetrics
 
 import train as training
 from bench import __main__ as bench
@@ -273,8 +274,9 @@ def test_compilations_are_counted_with_their_reasons():
     row = checks.compilations_row({})
     assert row["median"] == 1
     assert not row["met"]
-    (reason,) = row["reasons"]
-    assert "expected 3, actual 4" in reason
+    if hasattr(CompilationMetrics, "recompile_reason"):  # torch 2.6 does not tell
+        (reason,) = row["reasons"]
+        assert "expected 3, actual 4" in reason
 
 
 def test_counts_of_tests():

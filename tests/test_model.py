@@ -332,7 +332,8 @@ def test_compiled_parts_compute_the_same_with_image_sizes_fixed(kind, graphs):
     has_open_size.clear()
     compiled.encode_image(images)
     compiled.encode_image(images[:1])
-    assert len(has_open_size) == graphs
+    one_more = torch.__version__ < "2.7" and kind == "batch"  # torch 2.6 makes one twice
+    assert len(has_open_size) == graphs + one_more
     assert not any(has_open_size)
 
 
