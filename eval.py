@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from functools import partial
@@ -536,15 +535,8 @@ def load_config(folder, argv):
 
 def check_writable(folder):
     """ConfigError, with the reason, if results could not be written to the folder."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"out_dir = {folder!r} cannot be written: {error.strerror or error}; write the results "
-            "elsewhere, --out_dir=FOLDER"
-        ) from error
+    with configs.writing_to(folder):
+        checkpoint.check_writable(folder)
 
 
 def main(argv):

@@ -575,6 +575,6 @@ def test_wrong_words_and_folders_are_refused_before_the_evaluation(tmp_path, set
 
     (tmp_path / "file").write_text("")
     words = words_of(run, device="cpu", eval_data=sets["eval_data"])
-    for folder, reason in ((tmp_path / "file", "File exists"), ("/proc/none", "No such file")):
+    for folder, reason in ((tmp_path / "file", "Not a directory"), ("/proc/none", "No such file")):
         with pytest.raises(ConfigError, match=f"cannot be written: {reason}"):
             evaluation.main([*words, f"--out_dir={folder}"])
