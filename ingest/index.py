@@ -240,7 +240,7 @@ def warn_of_repeated_shards(train):
     if repeated:
         print(
             f"warning: {len(repeated)} shards are in train_data more than once, for example "
-            f"{repeated[0]}: as their own negatives, too, they are seen that often in an epoch",
+            f"{repeated[0]}: an epoch sees their samples as often, and each may be its own negative",
             file=sys.stderr,
         )
 
