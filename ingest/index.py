@@ -240,7 +240,8 @@ def warn_of_repeated_shards(train):
     if repeated:
         print(
             f"warning: {len(repeated)} shards are in train_data more than once, for example "
-            f"{repeated[0]}: an epoch sees their samples as often, and each may be its own negative",
+            f"{repeated[0]}: an epoch sees their samples as often, and each may be its own "
+            "negative",
             file=sys.stderr,
         )
 
