@@ -33,6 +33,11 @@ class BadRun(RuntimeError):
     """Why a run ends: shown as one line, without a traceback."""
 
 
+# Of all samples (or steps): if more cannot be used, a run ends, and verifying the data fails. They
+# need a look before more is spent.
+MAX_BAD = 0.01
+
+
 @dataclass
 class Config:
     # ---- the method (loss.py, optim.py) ----

@@ -27,7 +27,7 @@ import config as configs
 import dist
 import model as models
 from config import ConfigError
-from ingest.evaluation import check, check_class_numbers, read_images, read_samples
+from ingest.evaluation import check, check_class_numbers, load_set, read_images, read_samples
 from ingest.tokenizer import Tokenizer
 from runtime import checkpoint, hardware, plots, ranks
 
@@ -93,8 +93,9 @@ def evaluate(
 
     stop() says whether this rank was asked to stop. Once it is true on any rank, all ranks raise
     ranks.Interrupted after the batch at hand, and nothing is written. Raises ConfigError, on rank 0
-    or on all, for what ingest.evaluation.check refuses, for a set without classes and captions, for
-    class numbers that the class list does not reach, and for an eval.json that cannot be written.
+    or on all, for what ingest.evaluation.load_set refuses, for a set without classes and captions,
+    for class numbers that the class list does not reach, and for an eval.json that cannot be
+    written.
     """
     watch = partial(watched, progress=progress, stop=stop)
 
@@ -103,7 +104,7 @@ def evaluate(
 
     model.eval()
 
-    data = ranks.from_first_rank(check, c, progress=progress, waiting=progress)
+    data = ranks.from_first_rank(load_set, c, progress=progress, waiting=progress)
     images = encode_images(data.index, model, c, device, autocast, watch)
     if images.bad:
         say(f"left out of {c.eval_data[0]}: {images.bad}")
@@ -550,6 +551,7 @@ def main(argv):
 
     device = dist.init(c.device, c.timeout)
     ranks.from_first_rank(check_writable, c.out_dir)
+    ranks.from_first_rank(check, c)
     model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
     checkpoint.load_model(folder, model, c)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from config import ConfigError
+from config import MAX_BAD, ConfigError
 from ingest.folders import pack_command
 from ingest.images import IMAGES, BadSample, decode
 from ingest.left_out import LeftOut, check_order, with_remedies
@@ -29,9 +29,6 @@ from ingest.urls import is_local, open_url, shard_name, sibling
 
 # Counting stops at so many damaged shards: all the others are likely to be damaged too.
 MAX_DAMAGED = 100
-
-# The share of samples that cannot be decoded at which verifying fails; a run ends there, too.
-MAX_BAD = 0.01
 
 # A sizes.json of a million shards has 20 MB.
 MAX_SIZES_BYTES = 64 << 20

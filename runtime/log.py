@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 import config as configs
 import dist
-from config import BadRun
+from config import MAX_BAD, BadRun
 from runtime.hardware import HostCopy, peak_flops
 from runtime.plots import plot
 
-MAX_BAD = 0.01  # of all samples (or steps): beyond it, the data need a look before more is spent
 PRINT_SECONDS = 10  # between two lines of progress, where there is no terminal
 
 # From this share of its chance level ln(B) on, the in-batch loss says that nothing is learned. Runs

@@ -382,7 +382,7 @@ def test_classes_without_a_class_list_are_refused_before_training(tmp_path, sets
     path = write_classes(tmp_path / "test")
     out_dir = str(tmp_path / "run")
     refused("no classnames.txt", out_dir=out_dir, train_data=sets["train_data"], eval_data=path)
-    with pytest.raises(ConfigError, match="no classnames.txt"):
+    with pytest.raises(ConfigError, match="neither classes .* nor captions"):
         evaluate(path, out_dir)
     assert not os.path.exists(out_dir)
 
