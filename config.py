@@ -154,8 +154,13 @@ class Config:
 
     # ---- evaluation (eval.py) ----
 
-    # Tar shards with KEY.cls beside classnames.txt (zero-shot), or with captions (retrieval).
-    eval_data: tuple = ()
+    # A set with classes (zero-shot) or captions (retrieval): a folder or tar shards, see
+    # docs/evaluating.md. Several sets: {'NAME': 'PLACE', 'OTHER': 'PLACE'}.
+    eval_data: tuple | dict = ()
+    # A file with a class name per line, for sets without one; {'NAME': 'FILE'}: of each set.
+    eval_names: str | dict = ""
+    # A file with a prompt per line, {c} stands for the class; {'NAME': 'FILE'}: of each set.
+    eval_templates: str | dict = ""
     # Evaluate every so many steps; 0: at the end only.
     eval_steps: int = 0
     # Samples per rank in one forward pass of the evaluation.
@@ -266,9 +271,9 @@ OTHER_WORDS = {
     # data
     "train-num-samples": "--train_samples=N, for --plan alone: a run counts the samples itself",
     "data_size": "not needed, the u-state is as large as the index of train_data",
-    "val-data": "--eval_data=PATTERN, tar shards",
-    "imagenet-val": "--eval_data=PATTERN, tar shards with classnames.txt (docs/data.md)",
-    "imagenet-v2": "--eval_data=PATTERN, tar shards with classnames.txt (docs/data.md)",
+    "val-data": "--eval_data=PLACE, tar shards or a folder (docs/evaluating.md)",
+    "imagenet-val": "--eval_data=DIR (docs/evaluating.md)",
+    "imagenet-v2": "--eval_data=DIR (docs/evaluating.md)",
     "zeroshot-frequency": "--eval_steps=N, in steps",
     "val-frequency": "--eval_steps=N, in steps",
     "dataset-type": "not needed, the data are always tar shards, as in webdataset",
@@ -486,10 +491,10 @@ def typed(key, value, where="command line"):
 
 
 def as_tuple(value):
-    """A string is one element, unless it is empty."""
-    if isinstance(value, str):
-        return (value,) if value else ()
-    return tuple(value)
+    """A single value is one element, unless it is an empty string."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return () if value == "" else (value,)
 
 
 def options(hint):
@@ -525,6 +530,16 @@ def nearest(word, words, cutoff=0.6):
     """
     found = difflib.get_close_matches(word, words, 1, cutoff)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def named_sets(c):
+    """c.eval_data -> {name of an evaluation set: its place, a tuple of str}.
+
+    A set that is given without a name has the name "".
+    """
+    if isinstance(c.eval_data, dict):
+        return {name: as_tuple(place) for name, place in c.eval_data.items()}
+    return {"": c.eval_data} if c.eval_data else {}
 
 
 # ---- checking ----
@@ -608,12 +623,37 @@ def check_data(c):
         f"lanes = {c.lanes} does not divide batch_size = {c.batch_size}: each step takes "
         "batch_size/lanes samples from every lane",
     )
-    for key in ("train_data", "eval_data"):
-        patterns = getattr(c, key)
+    places = {"train_data": c.train_data}
+    for name, patterns in named_sets(c).items():
+        places[f"eval_data, {name}" if name else "eval_data"] = patterns
+    for key, patterns in places.items():
         require(
             all(isinstance(pattern, str) for pattern in patterns),
             f"{key} must hold strings, got {patterns}",
         )
+    check_set_names(c)
+
+
+def check_set_names(c):
+    """ConfigError for names of evaluation sets that cannot be keys, or of sets that are not there.
+
+    The names stand in metrics.jsonl, as eval/NAME/zeroshot_top1, and in names of files.
+    """
+    sets = named_sets(c)
+    for name, patterns in sets.items():
+        require(
+            isinstance(name, str) and re.fullmatch(r"[\w.-]*", name),
+            f"eval_data: {name!r} cannot be the name of a set: use letters, digits, - _ and .",
+        )
+        require(not name or patterns, f"eval_data: the set {name!r} has no place")
+    for key in ("eval_names", "eval_templates"):
+        files = getattr(c, key)
+        for name in files if isinstance(files, dict) else ():
+            require(
+                name in sets,
+                f"{key} names the set {name!r}, which eval_data does not"
+                f"{nearest(str(name), [other for other in sets if other])}",
+            )
 
 
 @contextlib.contextmanager

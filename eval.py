@@ -27,7 +27,7 @@ import config as configs
 import dist
 import model as models
 from config import ConfigError
-from ingest.evaluation import check, check_class_numbers, load_set, read_images, read_samples
+from ingest.evaluation import check, check_class_numbers, load_sets, read_images, read_samples
 from ingest.tokenizer import Tokenizer
 from runtime import checkpoint, hardware, plots, ranks
 
@@ -47,14 +47,14 @@ class EncodedImages(NamedTuple):
 
     features    float32 (n, d), rows of length 1, on the device
     captions    n lists of str; a list is empty if the image has no captions
-    classes     n ints; None if the image has no class
+    labels      n ints; None if the image has no class
     positions   n ints, where each image is in the set
     bad         {reason: number of samples that were left out}
     """
 
     features: torch.Tensor
     captions: list
-    classes: list
+    labels: list
     positions: list
     bad: dict
 

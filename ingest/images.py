@@ -353,13 +353,17 @@ def reduction(height, width, size):
     return 1
 
 
-def evaluation_image(files, size):
+def evaluation_image(files, size, border=0):
     """The image among {extension: bytes} -> uint8 (3, size, size), without any randomness.
 
-    The shorter side is resized to `size`, then the centre is cut out. Raises BadSample with the
-    reason if the image cannot be used.
+    First `border` pixels are cut from each side. The shorter side is resized to `size`, then the
+    centre is cut out. Raises BadSample with the reason if the image cannot be used.
     """
     image = decode(files)
+    if border:
+        image = image[:, border:-border, border:-border]
+        if image.numel() == 0:
+            raise BadSample("smaller than its border")
     height, width = image.shape[1:]
     shorter = min(height, width)
     h = size * height // shorter
