@@ -1,16 +1,18 @@
-"""Evaluate a model: zero-shot classification and retrieval, and a picture of what it finds.
+"""Evaluate a model: zero-shot classification and retrieval, and pictures of what it finds.
 
-    python eval.py runs/quickstart                             on the eval_data of its config
-    python eval.py runs/cc3m_v3 --eval_data='SET/{00..49}.tar'   on another set
+    python eval.py runs/quickstart                                on the eval_data of its config
+    python eval.py runs/cc3m_v3 --eval_data=imagenet/val          on another set
+    python eval.py runs/cc3m_v3 \
+        --eval_data="{'imagenet': 'imagenet/val', 'flickr30k': 'f30k'}"
 
-evaluates the newest checkpoint of a run, or one checkpoint folder, and writes eval.json and
-retrieval.png. train.py calls `evaluate` during a run and at its end. ingest/evaluation.py says what
-an evaluation set may hold. The work is shared over the ranks.
+evaluates the newest checkpoint of a run, or one checkpoint folder, and writes eval.json, a picture
+of each set, and the results in the forms of CLIP_benchmark and DataComp. train.py calls `evaluate`
+during a run and at its end. ingest/layouts.py says in which layouts a set may lie on the disk. The
+work is shared over the ranks.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -27,13 +29,13 @@ import config as configs
 import dist
 import model as models
 from config import ConfigError
-from ingest.evaluation import check, check_class_numbers, load_sets, read_images, read_samples
+from ingest.evaluation import check_class_numbers, load_sets, read_images, read_samples
 from ingest.tokenizer import Tokenizer
-from runtime import checkpoint, hardware, plots, ranks
+from runtime import checkpoint, hardware, plots, ranks, results
 
 USAGE = """usage: python eval.py RUN_OR_CHECKPOINT [--key=value ...]
-the options are those of train.py; here matter --eval_data, --eval_batch, --caption_key, --out_dir,
---workers, --precision and --device"""
+the options are those of train.py; here matter --eval_data, --eval_names, --eval_templates,
+--eval_batch, --caption_key, --out_dir, --workers, --precision and --device"""
 
 QUERIES_AT_ONCE = 1024  # whose similarities to all targets are in memory together
 QUERIES_SHOWN = 8  # rows of the picture
@@ -78,68 +80,77 @@ class Queries(NamedTuple):
 @torch.no_grad()
 def evaluate(
     model,
+    sets,
     c,
     device,
     autocast=contextlib.nullcontext,
-    picture=False,
+    checkpoint_name="",
     progress=lambda where: None,
     stop=lambda: False,
 ):
-    """Evaluate the model on the set c.eval_data -> {name: share, 0 to 1}, the same on every rank.
+    """Evaluate the model on sets -> list of their results, dicts, the same on every rank.
 
-    All ranks must call it. autocast() makes the context in which the towers run. With `picture`,
-    rank 0 also writes eval.json and retrieval.png into c.out_dir. progress(where) is called with a
-    line about each step of the work. Leaves the model in eval mode.
+    sets: of ingest.evaluation.load_sets. runtime/results.py says what a result holds. All ranks
+    must call it. autocast() makes the context in which the towers run. progress(where) is called
+    with a line about each step of the work. Leaves the model in eval mode.
+
+    checkpoint_name: under this name rank 0 writes results and pictures into c.out_dir; "": nothing
+    is written.
 
     stop() says whether this rank was asked to stop. Once it is true on any rank, all ranks raise
-    ranks.Interrupted after the batch at hand, and nothing is written. Raises ConfigError, on rank 0
-    or on all, for what ingest.evaluation.load_set refuses, for a set without classes and captions,
-    for class numbers that the class list does not reach, and for an eval.json that cannot be
-    written.
+    ranks.Interrupted after the batch at hand, and nothing is written. Raises ConfigError for a set
+    without classes and captions, for class numbers that the class list does not reach, and for
+    results that cannot be written.
     """
-    watch = partial(watched, progress=progress, stop=stop)
-
-    def encode(texts):
-        return encode_texts(texts, model, c, device, autocast, watch)
-
     model.eval()
+    watch = partial(watched, progress=progress, stop=stop)
+    encoder = Encoder(model, c, device, autocast, watch)
 
-    data = ranks.from_first_rank(load_set, c, progress=progress, waiting=progress)
-    images = encode_images(data.index, model, c, device, autocast, watch)
+    found = []
+    pictures = {}  # path -> PictureRows
+    for data in sets:
+        result, images, queries = evaluate_set(data, encoder)
+        found.append(result)
+        if checkpoint_name:
+            pictures[picture_path(c, data)] = picture_rows(data, images, queries, encoder)
+
+    if checkpoint_name:
+        ranks.from_first_rank(write_files, found, pictures, c, checkpoint_name)
+    return found
+
+
+def evaluate_set(data, encoder):
+    """Evaluate on one EvaluationSet -> (its result, EncodedImages, Queries for the picture)."""
+    images = encoder.images(data)
     if images.bad:
-        say(f"left out of {c.eval_data[0]}: {images.bad}")
+        say(f"left out of {data.where}: {images.bad}")
 
-    results = {}
+    measures = {}
     queries = None  # what the picture shows: class names or, without classes, captions
 
     # Zero-shot classification, if every image has a class and there is a list of class names.
-    reason = why_no_zero_shot(data.names, images.classes)
+    reason = why_no_zero_shot(data.names, images.labels)
     if reason:
-        say(f"no zero-shot classification on {c.eval_data[0]}: {reason}")
+        say(f"no zero-shot classification on {data.where}: {reason}")
     elif data.names:
-        queries = class_queries(data.names, data.templates, images, encode, c)
-        classes = torch.tensor(images.classes, device=device)  # (n,)
-        results.update(zero_shot(images.features, queries.features, classes))
+        queries = class_queries(data, images, encoder)
+        labels = torch.tensor(images.labels, device=encoder.device)  # (n,)
+        measures.update(zero_shot(images.features, queries.features, labels))
 
     # Retrieval, if any image has captions.
     if any(images.captions):
-        captions = caption_queries(images, encode)
-        results.update(retrieval(images.features, captions.features, captions.relevant))
+        captions = caption_queries(data, images, encoder)
+        measures.update(retrieval(images.features, captions.features, captions.relevant))
         if queries is None:
             queries = captions
 
     if queries is None:
         raise ConfigError(
-            f"{c.eval_data[0]} has neither classes (KEY.cls beside classnames.txt) nor captions "
+            f"{data.where} has neither classes (KEY.cls beside classnames.txt) nor captions "
             "(KEY.txt, or set caption_key)"
         )
 
-    if picture:
-        rows = picture_rows(data.index, images, queries, model.image_size, c, watch)
-        content = report(data, images, queries, results, c)
-        ranks.from_first_rank(write_files, c.out_dir, content, rows)
-
-    return results
+    return result_of(data, images, queries, measures), images, queries
 
 
 def say(line):
@@ -148,7 +159,7 @@ def say(line):
         print(line, flush=True)
 
 
-def watched(batches, what, total, size, progress, stop):
+def watched(batches, what, total, size, progress=lambda where: None, stop=lambda: False):
     """Yield a rank's batches, so that all ranks leave them together, and show how far they are.
 
     what: "images", for example; total: their number, on all ranks; size: of a batch. progress and
@@ -181,121 +192,155 @@ def watched(batches, what, total, size, progress, stop):
                 printed_at = now
 
 
-def why_no_zero_shot(names, classes):
+def of_set(what, data):
+    """For a line of progress: "images of NAME" if the set has a name, otherwise "images"."""
+    return f"{what} of {data.name}" if data.is_named else what
+
+
+def why_no_zero_shot(names, labels):
     """Why a set with some classes, or some class names, cannot be classified; "" if it can be.
 
-    names: of the classes; classes: of the images, int or None.
+    names: of the classes; labels: of the images, int or None.
     """
-    without = classes.count(None)
+    without = labels.count(None)
     if names and without:
-        return f"{without:,} of {len(classes):,} images have no class (KEY.cls)"
-    if not names and without < len(classes):
+        return f"{without:,} of {len(labels):,} images have no class (KEY.cls)"
+    if not names and without < len(labels):
         return "there is no classnames.txt beside the shards or in the folder above"
     return ""
 
 
-def class_queries(names, templates, images, encode, c):
-    """-> Queries by class name: the feature of a class is the mean of its prompts' features."""
-    check_class_numbers(images.classes, names, c.eval_data[0])
-
-    prompts = []
-    for name in names:
-        for template in templates:
-            prompts.append(template.replace("{c}", name))
-
-    features = encode(prompts)  # (classes * templates, d)
-    features = features.unflatten(0, (len(names), len(templates))).mean(1)  # (classes, d)
-    features = F.normalize(features, dim=-1)
-
-    relevant = [[label] for label in images.classes]
-    return Queries(names, features, relevant)
+def class_queries(data, images, encoder):
+    """-> Queries by class name."""
+    check_class_numbers(images.labels, data.names, data.where)
+    features = encoder.classes(data)  # (classes, d)
+    relevant = [[label] for label in images.labels]
+    return Queries(data.names, features, relevant)
 
 
-def caption_queries(images, encode):
-    """-> Queries by caption; a caption that several images have is one query."""
-    number = {}  # caption -> its number
+def caption_queries(data, images, encoder):
+    """-> Queries by caption. Each is one of its own, also if others have the same words."""
+    texts = []
     relevant = []
     for captions in images.captions:
-        for caption in captions:
-            number.setdefault(caption, len(number))
-        relevant.append([number[caption] for caption in captions])
-
-    texts = list(number)
-    return Queries(texts, encode(texts), relevant)
+        first = len(texts)
+        texts += captions
+        relevant.append(list(range(first, len(texts))))
+    return Queries(texts, encoder.texts(texts, of_set("texts", data)), relevant)
 
 
 # ---- features ----
 
 
-def encode_images(index, model, c, device, autocast, watch):
-    """Encode the set, each rank its share -> EncodedImages. ConfigError if no sample is usable."""
-    samples = read_samples(
-        index,
-        model.image_size,
-        c.caption_key,
-        c.eval_batch,
-        dist.rank(),
-        dist.world_size(),
-        c.workers,
-    )
-    features = []
-    captions = []
-    classes = []
-    positions = []
-    bad = Counter()
-    for batch in watch(samples, "images", index.num_samples, c.eval_batch):
-        bad.update(batch.bad)
-        if len(batch.images) == 0:
-            continue
-        with autocast():
-            encoded = model.encode_image(batch.images.to(device, non_blocking=True))  # (b, d)
-        features.append(encoded.float().cpu())
-        captions += batch.captions
-        classes += batch.classes
-        positions += batch.positions.tolist()
+class Encoder:
+    """Encodes images and texts of evaluation sets, each rank its share."""
 
-    features = from_all_ranks(features)
-    captions = from_all_ranks(captions)
-    classes = from_all_ranks(classes)
-    positions = from_all_ranks(positions)
-    bad = sum(dist.all_gather_objects(bad), Counter())
-    if not features:
-        raise ConfigError(f"no sample of {c.eval_data[0]} can be used: {dict(bad)}")
+    def __init__(self, model, c, device, autocast, watch):
+        """autocast() makes the context in which the towers run. watch: `watched`, maybe with its
+        last two arguments given."""
+        self.model = model
+        self.config = c
+        self.device = device
+        self.autocast = autocast
+        self.watch = watch
+        self.tokenizer = Tokenizer(model.context_length)
 
-    order = torch.tensor(positions).argsort().tolist()
-    return EncodedImages(
-        features=torch.cat(features)[order].to(device),  # (n, d)
-        captions=[captions[i] for i in order],
-        classes=[classes[i] for i in order],
-        positions=[positions[i] for i in order],
-        bad=dict(bad),
-    )
+        # Several sets may have the same classes: (name, templates) -> feature (d,).
+        self.known_classes = {}
 
+    def images(self, data):
+        """Encode a set -> EncodedImages. ConfigError if no sample is usable."""
+        c = self.config
+        samples = read_samples(
+            data.source,
+            self.model.image_size,
+            c.eval_batch,
+            dist.rank(),
+            dist.world_size(),
+            c.workers,
+        )
+        features = []
+        captions = []
+        labels = []
+        positions = []
+        bad = Counter()
+        total = data.source.num_samples
+        for batch in self.watch(samples, of_set("images", data), total, c.eval_batch):
+            bad.update(batch.bad)
+            if len(batch.images) == 0:
+                continue
+            with self.autocast():
+                pixels = batch.images.to(self.device, non_blocking=True)
+                encoded = self.model.encode_image(pixels)  # (b, d)
+            features.append(encoded.float().cpu())
+            captions += batch.captions
+            labels += batch.labels
+            positions += batch.positions.tolist()
 
-def encode_texts(texts, model, c, device, autocast, watch):
-    """n texts -> features float32 (n, d) on the device; each of K ranks encodes every K-th text."""
-    tokenizer = Tokenizer(model.context_length)
-    world_size = dist.world_size()
-    share = texts[dist.rank() :: world_size]
-    batches = [share[i : i + c.eval_batch] for i in range(0, len(share), c.eval_batch)]
+        features = from_all_ranks(features)
+        captions = from_all_ranks(captions)
+        labels = from_all_ranks(labels)
+        positions = from_all_ranks(positions)
+        bad = sum(dist.all_gather_objects(bad), Counter())
+        if not features:
+            raise ConfigError(f"no sample of {data.where} can be used: {dict(bad)}")
 
-    features = []
-    for batch in watch(batches, "texts", len(texts), c.eval_batch):
-        tokens = tokenizer(batch)  # (b, context_length)
-        lengths = 1 + tokens.argmax(1)  # the end of a text is the largest token
-        longest = int(lengths.max())
-        with autocast():
-            token_index = models.pack(lengths, longest, device)
-            encoded = model.encode_text(tokens[:, :longest].to(device), token_index)  # (b, d)
-        features.append(encoded.float().cpu())
+        order = torch.tensor(positions).argsort().tolist()
+        return EncodedImages(
+            features=torch.cat(features)[order].to(self.device),  # (n, d)
+            captions=[captions[i] for i in order],
+            labels=[labels[i] for i in order],
+            positions=[positions[i] for i in order],
+            bad=dict(bad),
+        )
 
-    shares = dist.all_gather_objects(features)
-    width = shares[0][0].shape[1]
-    in_order = torch.empty(len(texts), width)  # (n, d)
-    for rank, parts in enumerate(shares):
-        if parts:  # there may be fewer texts than ranks
-            in_order[rank::world_size] = torch.cat(parts)
-    return in_order.to(device)
+    def classes(self, data):
+        """Features of a set's classes, float32 (classes, d): the mean over the prompts of each.
+
+        Each rank encodes its share of the prompts of those classes that are not known yet.
+        """
+        templates = tuple(data.templates)
+        new = []
+        for name in dict.fromkeys(data.names):  # each once
+            if (name, templates) not in self.known_classes:
+                new.append(name)
+
+        if new:
+            prompts = []
+            for name in new:
+                for template in templates:
+                    prompts.append(template.replace("{c}", name))
+            features = self.texts(prompts, of_set("texts", data))  # (new * templates, d)
+            features = features.unflatten(0, (len(new), len(templates))).mean(1)  # (new, d)
+            for name, feature in zip(new, F.normalize(features, dim=-1)):
+                self.known_classes[name, templates] = feature
+
+        return torch.stack([self.known_classes[name, templates] for name in data.names])
+
+    def texts(self, texts, what="texts"):
+        """n texts -> features float32 (n, d) on the device; each of K ranks encodes every K-th."""
+        size = self.config.eval_batch
+        world_size = dist.world_size()
+        share = texts[dist.rank() :: world_size]
+        batches = [share[i : i + size] for i in range(0, len(share), size)]
+
+        features = []
+        for batch in self.watch(batches, what, len(texts), size):
+            tokens = self.tokenizer(batch)  # (b, context_length)
+            lengths = 1 + tokens.argmax(1)  # the end of a text is the largest token
+            longest = int(lengths.max())
+            with self.autocast():
+                token_index = models.pack(lengths, longest, self.device)
+                tokens = tokens[:, :longest].to(self.device)
+                encoded = self.model.encode_text(tokens, token_index)  # (b, d)
+            features.append(encoded.float().cpu())
+
+        shares = dist.all_gather_objects(features)
+        in_order = torch.empty(len(texts), self.model.embed_dim)  # (n, d)
+        for rank, parts in enumerate(shares):
+            if parts:  # there may be fewer texts than ranks
+                in_order[rank::world_size] = torch.cat(parts)
+        return in_order.to(self.device)
 
 
 def from_all_ranks(items):
@@ -317,18 +362,18 @@ def nearest(queries, targets, k):
     return torch.cat(found)
 
 
-def zero_shot(images, prompts, classes):
+def zero_shot(images, prompts, labels):
     """Accuracy of taking each image for the class with the nearest prompt feature.
 
-    images (n, d), prompts (number of classes, d), classes int64 (n,) -> top-1 and top-5 accuracy,
+    images (n, d), prompts (number of classes, d), labels int64 (n,) -> top-1 and top-5 accuracy,
     and the mean over the classes that occur of their top-1 accuracy.
     """
     guesses = nearest(images, prompts, 5)  # (n, 5)
-    hit = guesses == classes[:, None]  # (n, 5)
+    hit = guesses == labels[:, None]  # (n, 5)
     first_hit = hit[:, 0].float()  # (n,)
 
-    right = torch.zeros(len(prompts), device=images.device).index_add_(0, classes, first_hit)
-    count = torch.bincount(classes, minlength=len(prompts))
+    right = torch.zeros(len(prompts), device=images.device).index_add_(0, labels, first_hit)
+    count = torch.bincount(labels, minlength=len(prompts))
     occurs = count > 0
     return {
         "zeroshot_top1": first_hit.mean().item(),
@@ -348,25 +393,24 @@ def retrieval(images, texts, relevant):
         for text in numbers:
             images_of[text].add(image)
 
-    found_texts = nearest(images, texts, 10).tolist()
-    found_images = nearest(texts, images, 10).tolist()
-
-    results = {}
+    # Each k has a search of its own, because the first of ten equally near targets need not be the
+    # one that a search for the nearest finds. CLIP_benchmark does the same.
+    measures = {}
     for k in (1, 5, 10):
-        results[f"image_to_text_R@{k}"] = recall(found_texts, texts_of, k)
+        measures[f"image_to_text_R@{k}"] = recall(nearest(images, texts, k), texts_of)
     for k in (1, 5, 10):
-        results[f"text_to_image_R@{k}"] = recall(found_images, images_of, k)
-    return results
+        measures[f"text_to_image_R@{k}"] = recall(nearest(texts, images, k), images_of)
+    return measures
 
 
-def recall(found, right, k):
-    """R@k: the share of queries that have a right target among the first k that were found.
+def recall(found, right):
+    """The share of queries that have a right target among those found.
 
-    found: for each query a list of targets; right: for each query the set of its right targets.
+    found: int64 (n, k), targets of each query; right: for each query the set of its right targets.
     """
     hits = 0
-    for targets, wanted in zip(found, right):
-        if not wanted.isdisjoint(targets[:k]):
+    for targets, wanted in zip(found.tolist(), right):
+        if not wanted.isdisjoint(targets):
             hits += 1
     return hits / len(found)
 
@@ -382,14 +426,14 @@ class PictureRow(NamedTuple):
     right: list
 
 
-def picture_rows(index, images, queries, image_size, c, watch):
+def picture_rows(data, images, queries, encoder):
     """Random queries with their nearest images -> list of PictureRow. All ranks must call it."""
-    generator = torch.Generator().manual_seed(c.seed)
+    generator = torch.Generator().manual_seed(encoder.config.seed)
     chosen = torch.randperm(len(queries.texts), generator=generator)[:QUERIES_SHOWN].tolist()
     found = nearest(queries.features[chosen], images.features, IMAGES_SHOWN).tolist()
 
     wanted = {images.positions[i] for i in chain.from_iterable(found)}
-    pixels = pixels_at(wanted, index, image_size, watch)
+    pixels = pixels_at(wanted, data, encoder)
 
     rows = []
     for query, found_images in zip(chosen, found):
@@ -401,14 +445,15 @@ def picture_rows(index, images, queries, image_size, c, watch):
     return rows
 
 
-def pixels_at(wanted, index, image_size, watch):
+def pixels_at(wanted, data, encoder):
     """The images at the positions `wanted` -> {position: uint8 (3, S, S)}, on every rank.
 
     They are read a second time, so that no run has to keep a set in memory.
     """
     share = sorted(wanted)[dist.rank() :: dist.world_size()]
-    images = read_images(index, image_size, share)
-    found = dict(watch(images, "images for the picture", len(wanted), 1))
+    images = read_images(data.source, encoder.model.image_size, share)
+    what = of_set("images for the picture", data)
+    found = dict(encoder.watch(images, what, len(wanted), 1))
 
     everyones = {}
     for part in dist.all_gather_objects(found):
@@ -416,46 +461,42 @@ def pixels_at(wanted, index, image_size, watch):
     return everyones
 
 
-def report(data, images, queries, results, c):
-    """-> the content of eval.json: the set, how much of it was used and left out, the results."""
-    classified = "zeroshot_top1" in results
+def result_of(data, images, queries, measures):
+    """-> the result of a set: how much of it was used and left out, and the measures."""
+    classified = "zeroshot_top1" in measures
     return {
-        "eval_data": list(c.eval_data),
+        "name": data.name,
+        "eval_data": data.where,
+        "found": data.source.description,
         "images": len(images.positions),
         "texts": len(queries.texts),
         "classes": len(data.names) if classified else 0,
         "templates": len(data.templates) if classified else 0,
-        "left_out": {**data.index.left_out, **images.bad},
-        **results,
+        "left_out": {**data.source.left_out, **images.bad},
+        **measures,
     }
 
 
-def write_files(folder, content, rows):
-    """Write eval.json and retrieval.png. Each is complete or as it was.
+def write_files(found, pictures, c, checkpoint_name):
+    """Write the results and a picture of each set. Each file is complete or as it was.
 
-    content: of eval.json; rows: of the picture, PictureRows. Raises ConfigError if eval.json cannot
-    be written. A picture that cannot be drawn is told of: the results must not be lost for it.
+    Raises ConfigError if the results cannot be written. A picture that cannot be drawn is told of:
+    the results must not be lost for it.
     """
-    results = os.path.join(folder, "eval.json")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(results + ".partial", "w") as f:
-            json.dump(content, f, indent=1)
-        os.replace(results + ".partial", results)
-    except OSError as error:
-        raise ConfigError(f"{results} cannot be written: {error.strerror or error}") from error
+    results.write(c.out_dir, found, c.model, checkpoint_name)
 
-    picture = os.path.join(folder, "retrieval.png")
-    try:
-        plots.draw_found(rows, picture + ".partial")
-        os.replace(picture + ".partial", picture)
-    except Exception as error:
-        print(f"{picture} could not be drawn: {type(error).__name__}: {error}", flush=True)
+    for path, rows in pictures.items():
+        try:
+            plots.draw_found(rows, path + ".partial")
+            os.replace(path + ".partial", path)
+        except Exception as error:
+            print(f"{path} could not be drawn: {type(error).__name__}: {error}", flush=True)
 
 
-def table(results):
-    """The results as lines of text, in percent."""
-    return "\n".join(f"  {name:<26}{100 * share:6.1f} %" for name, share in results.items())
+def picture_path(c, data):
+    """Of a set's picture: retrieval.png or, if config.eval_data names it, retrieval-NAME.png."""
+    name = f"retrieval-{data.name}.png" if data.is_named else "retrieval.png"
+    return os.path.join(c.out_dir, name)
 
 
 # ---- the command ----
@@ -529,7 +570,8 @@ def load_config(folder, argv):
     c = configs.load(argv[1:], saved)
     if not c.eval_data:
         raise ConfigError(
-            "eval_data is empty: name the shards, for example --eval_data='data/emoji/test/*.tar'"
+            "eval_data is empty: name a set, for example --eval_data=imagenet/val or "
+            "--eval_data='data/emoji/test/*.tar'"
         )
     return c
 
@@ -551,16 +593,16 @@ def main(argv):
 
     device = dist.init(c.device, c.timeout)
     ranks.from_first_rank(check_writable, c.out_dir)
-    ranks.from_first_rank(check, c)
+    sets = ranks.from_first_rank(load_sets, c)
     model = models.create(c.model, c.tau_init, **c.model_numbers()).to(device)
     checkpoint.load_model(folder, model, c)
 
     autocast = hardware.autocast(hardware.precision(c.precision, device), device)
-    results = evaluate(model, c, device, autocast, picture=True)
+    found = evaluate(model, sets, c, device, autocast, folder)
     if dist.rank() == 0:
-        print(f"{folder} on {' '.join(c.eval_data)}")
-        print(table(results))
-        print(f"  {c.out_dir}/eval.json, {c.out_dir}/retrieval.png")
+        print(folder)
+        print("\n".join(results.table(found)))
+        print(f"  {c.out_dir}/eval.json, and a picture of each set beside it")
     dist.barrier()  # a rank that ended earlier could break a collective of the others
 
 

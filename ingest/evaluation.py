@@ -24,26 +24,18 @@ NUM_LOOKED_AT = 100  # samples, before a run starts
 
 
 def load_sets(c, progress=lambda where: None):
-    """Find the sets of c.eval_data -> list of ingest.layouts.EvaluationSet, in the order given.
+    """Find the sets of c.eval_data, look at their first samples -> list of EvaluationSet.
 
-    To be called on one rank: it may have to read a whole set, and it prints what is odd about a
-    class list. progress(where) is called as the work goes on. Raises ConfigError as find_set does.
+    So a run can ask before it starts. To be called on one rank: it may have to read a whole set,
+    and it prints a line about each. progress(where) is called as the work goes on. Raises
+    ConfigError as ingest.layouts.find_set does, if there is nothing to evaluate, and for classes
+    that are no numbers or have no name.
     """
     sets = []
     for name, patterns in named_sets(c).items():
-        sets.append(find_set(name, patterns, c, progress))
-    return sets
-
-
-def check(c, progress=lambda where: None):
-    """Find the sets as load_sets does, and look at their first samples -> the same list.
-
-    So a run can ask before it starts. Raises ConfigError if there is nothing to evaluate, or for
-    classes that are no numbers or have no name.
-    """
-    sets = load_sets(c, progress)
-    for data in sets:
+        data = find_set(name, patterns, c, progress)
         check_first_samples(data)
+        sets.append(data)
     return sets
 
 

@@ -220,15 +220,15 @@ def json_entries(files):
     return entries if isinstance(entries, dict) else {}
 
 
-def warn_of_shared_shards(train, evaluation):
-    """Warn, once, if shards are in both of two indexes: such results are of no use."""
+def warn_of_shared_shards(train, shards):
+    """Warn, once, if some of these shards, of evaluation sets, are in the index of the training."""
     trained = {real_path(url) for url in train.shards}
-    shared = [url for url in evaluation.shards if real_path(url) in trained]
+    shared = [url for url in shards if real_path(url) in trained]
     if shared:
         print(
-            f"warning: {len(shared)} of the {len(evaluation.shards)} shards in eval_data are in "
-            f"train_data, too, for example {shared[0]}: the evaluation is of samples that the "
-            "model was trained on",
+            f"warning: {len(shared)} of the {len(shards)} shards in eval_data are in train_data, "
+            f"too, for example {shared[0]}: the evaluation is of samples that the model was "
+            "trained on",
             file=sys.stderr,
         )
 

@@ -25,6 +25,7 @@ class EvaluationSet(NamedTuple):
     source: TarSamples | ImageFiles
     names: list
     templates: list
+    is_named: bool = False  # by config.eval_data
 
 
 def find_set(name, patterns, c, progress=lambda where: None):

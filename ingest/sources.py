@@ -1,8 +1,8 @@
 """Where the samples of an evaluation set lie: in tar shards, or in image files of their own.
 
 Both kinds of source have num_samples, left_out (Counter, what looks like a sample and is none),
-border (pixels to cut from each side of an image), description (a few words) and reader(), an object
-whose read(position) returns a RawSample.
+shards (URLs, maybe none), border (pixels to cut from each side of an image), description (a few
+words) and reader(), an object whose read(position) returns a RawSample.
 """
 
 import os
@@ -43,6 +43,7 @@ class TarSamples:
         self.caption_key = caption_key
         self.num_samples = index.num_samples
         self.left_out = index.left_out
+        self.shards = index.shards
         self.description = f"{len(index.shards):,} tar shards"
 
     def reader(self, stride=1):
@@ -97,6 +98,7 @@ class ImageFiles:
         self.texts = texts
         self.left_out = Counter(left_out)
         self.border = border
+        self.shards = []
         self.num_samples = len(paths)
 
     def reader(self, stride=1):

@@ -211,7 +211,7 @@ class Saver:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # until the copies have arrived
 
-        self.folder = os.path.join(self.root, f"step-{step:08d}")
+        self.folder = folder_of(self.config, step)
         self.saved = False
         self.thread = threading.Thread(target=self.write_and_publish)
         self.thread.start()
@@ -407,6 +407,11 @@ def lock_folder(out_dir, create=False):
         ) from None
     except OSError:
         return None
+
+
+def folder_of(config, step):
+    """-> the folder of the checkpoint that is saved after a step."""
+    return os.path.join(config.out_dir, "checkpoints", f"step-{step:08d}")
 
 
 def check_writable(folder):

@@ -54,6 +54,7 @@ class Job:
         self.started = time.monotonic()
         self.leaving = False
         self.evaluation_left = False
+        self.evaluation_sets = []
         self.device = None
         self.log = None
         self.watchdog = None
@@ -149,8 +150,9 @@ class Job:
         if not c.caption_lines:
             from_first_rank(note_caption_lines, index)
         if c.eval_data:
-            evaluated = self.once(evaluation.check, c)
-            from_first_rank(warn_of_shared_shards, index, evaluated.index)
+            self.evaluation_sets = self.once(evaluation.load_sets, c)
+            shards = [shard for data in self.evaluation_sets for shard in data.source.shards]
+            from_first_rank(warn_of_shared_shards, index, shards)
         self.progress("start-up, making the model")
         return index
 
@@ -184,8 +186,9 @@ class Job:
     def start(self, t, index, step, evaluate):
         """Open the run's folder and its log, listen to signals, make up for a missed evaluation.
 
-        evaluate(model, config, device, autocast, picture, progress, stop) -> {name: value}. It
-        raises Interrupted on all ranks soon after stop() is true on any of them.
+        evaluate(model, sets, config, device, autocast, checkpoint_name, progress, stop) -> list of
+        the results of sets, see runtime/results.py. It raises Interrupted on all ranks soon after
+        stop() is true on any of them.
         """
         c = self.config
         self.t = t
@@ -291,14 +294,16 @@ class Job:
 
     def results_of_evaluation(self, step):
         t = self.t
+        is_last = step == t.total_steps
         # Eager, because its batches differ from training's: not worth graphs of their own.
         with torch.compiler.set_stance("force_eager"), dist.averaged_batchnorm(t.model):
             results = self.evaluate(
                 t.model,
+                self.evaluation_sets,
                 self.config,
                 self.device,
                 t.autocast,
-                picture=step == t.total_steps,
+                checkpoint_name=checkpoint.folder_of(self.config, step) if is_last else "",
                 progress=self.progress,
                 stop=self.was_signalled,
             )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import config as configs
 import dist
 from config import MAX_BAD, BadRun
+from runtime import results
 from runtime.hardware import HostCopy, peak_flops
 from runtime.plots import plot
 
@@ -415,16 +416,17 @@ class Log:
             return ""
         return f"mbcl {mbcl:.3f} is at chance ({self.chance():.3f})"
 
-    def evaluation(self, step, results):
-        """Note the results of an evaluation, {name: value}. All ranks call it."""
+    def evaluation(self, step, found):
+        """Note the results of sets, a list of dicts as in runtime/results.py. All ranks call it."""
         self.complete_reports()  # their rows come first
+        measures = results.measures(found, isinstance(self.config.eval_data, dict))
         row = {"step": step}
-        for key, value in results.items():
+        for key, value in measures.items():
             row[f"eval/{key}"] = value
         self.write(row)
         if dist.rank() == 0:
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in results.items())
-            tqdm.write(f"step {step}  {shown}")
+            for line in evaluation_lines(measures):
+                tqdm.write(f"step {step}  {line}")
 
     def has_evaluation(self, step):
         """On rank 0: whether the evaluation after this step is in metrics.jsonl."""
@@ -509,6 +511,19 @@ def settings_of_run(text):
     """The lines of a resolved config, without those that may differ from job to job."""
     lines = text.splitlines()
     return [line for line in lines if line.partition(" = ")[0] not in configs.JOB_KEYS]
+
+
+def evaluation_lines(results):
+    """{measure, or NAME/measure: value} -> lines, one for each set."""
+    shown = {}  # by set
+    for key, value in results.items():
+        name, _, measure = key.rpartition("/")
+        shown.setdefault(name, []).append(f"{measure} {value:.4g}")
+    lines = []
+    for name, measures in shown.items():
+        start = f"{name}: " if name else ""
+        lines.append(start + "  ".join(measures))
+    return lines
 
 
 class MetricsFile:

@@ -11,6 +11,8 @@ import sys
 import textwrap
 import unicodedata
 from collections import Counter
+from itertools import chain
+from typing import NamedTuple
 
 # ---- curves ----
 
@@ -30,6 +32,17 @@ PANELS = (
 NOISY = ("objective", "mbcl", "samples_per_second")
 
 
+class Curve(NamedTuple):
+    """One quantity of one run.
+
+    label: of the legend. key: of metrics.jsonl. rows: of metrics.jsonl, all of the run.
+    """
+
+    label: str
+    key: str
+    rows: list
+
+
 def plot(folders, out):
     """Draw the curves of the runs in `folders` into one picture -> its path, `out`."""
     import matplotlib
@@ -43,12 +56,14 @@ def plot(folders, out):
     panels = choose_panels(runs)
 
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(13, 7), layout="constrained")
-    for axis, (key, title) in zip(axes.flat, panels):
-        draw_panel(axis, key, title, runs)
+    for axis, (title, curves) in zip(axes.flat, panels):
+        draw_panel(axis, title, curves)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
 
-    axes.flat[0].legend(fontsize=8)
+    # The first panel may have a curve for each set, the second has one for each run.
+    for axis in axes.flat[:2]:
+        axis.legend(fontsize=8)
     figure.savefig(out, dpi=110)
     plt.close(figure)
     return out
@@ -79,32 +94,55 @@ def read_metrics(folder):
 
 
 def choose_panels(runs):
-    """-> [(key, title)]: one evaluation, if there is any, then PANELS as far as there is room."""
-    evaluations = set()
-    for rows in runs.values():
-        for row in rows:
-            evaluations.update(key for key in row if key.startswith("eval/"))
-
-    panels = list(PANELS)
+    """-> [(title, [Curve])]: the evaluations, if there are any, then PANELS, as there is room."""
+    panels = []
+    evaluations = evaluation_curves(runs)
     if evaluations:
-        key = "eval/zeroshot_top1"
-        if key not in evaluations:
-            key = min(evaluations)
-        panels.insert(0, (key, "unseen data"))
+        panels.append(("unseen data", evaluations))
+    for key, title in PANELS:
+        panels.append((title, [Curve(name, key, rows) for name, rows in runs.items()]))
     return panels[: ROWS * COLUMNS]
 
 
-def draw_panel(axis, key, title, runs):
-    """One quantity of all runs, against the step."""
-    for name, rows in runs.items():
-        rows = [row for row in rows if row.get(key) is not None]
-        steps = [row["step"] for row in rows]
-        values = [row[key] for row in rows]
-        draw_curve(axis, key, name, steps, values)
+def evaluation_curves(runs):
+    """-> a Curve for each set of each run."""
+    curves = []
+    for run, rows in runs.items():
+        for set_name, key in main_measures(rows).items():
+            if not set_name:
+                label = run
+            elif len(runs) == 1:
+                label = set_name
+            else:
+                label = f"{run}, {set_name}"
+            curves.append(Curve(label, key, rows))
+    return curves
 
-    if key.startswith("eval/"):
+
+def main_measures(rows):
+    """-> {name of a set, "" if it has none: the key of its top-1 or, without classes, a recall}."""
+    keys = sorted(set(chain.from_iterable(rows)))
+    found = {}
+    for measure in ("text_to_image_R@1", "zeroshot_top1"):  # a set with both is shown by the latter
+        for key in keys:
+            if key.startswith("eval/") and key.endswith(f"/{measure}"):
+                set_name = key.removeprefix("eval/").removesuffix(measure).rstrip("/")
+                found[set_name] = key
+    return found
+
+
+def draw_panel(axis, title, curves):
+    """One quantity of all runs, against the step."""
+    for curve in curves:
+        rows = [row for row in curve.rows if row.get(curve.key) is not None]
+        steps = [row["step"] for row in rows]
+        values = [row[curve.key] for row in rows]
+        draw_curve(axis, curve.key, curve.label, steps, values)
+
+    measures = {curve.key.rpartition("/")[2] for curve in curves}
+    if curves[0].key.startswith("eval/"):
         axis.set_ylim(bottom=0)
-    axis.set(title=title, xlabel="step", ylabel=key.removeprefix("eval/"))
+    axis.set(title=title, xlabel="step", ylabel=", ".join(sorted(measures)))
     axis.grid(alpha=0.3)
 
 
