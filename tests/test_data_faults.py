@@ -26,11 +26,12 @@ from PIL import Image
 import data
 from config import ConfigError
 from helpers import equal, refused
-from ingest import evaluation, images
+from ingest import images
 from ingest import tar as tar_files
 from ingest.counting import count_samples
 from ingest.index import Index, load_index
 from ingest.reader import Reader, ShardError
+from ingest.sources import class_number
 from ingest.tar import MAX_CHARACTERS, usable_samples
 from ingest.urls import expand
 from samples import load, number_of, order_of, picture, png, sample, write_shards, write_tar
@@ -208,7 +209,7 @@ def test_decompression_bombs(tmp_path, monkeypatch):
 def test_a_line_of_pixels(tmp_path):
     """Few pixels, but a thousand times as many once the shorter side has been resized."""
     files = {"png": png(torch.zeros(3, 1, 2500, dtype=torch.uint8)), "txt": b"a line"}
-    assert reason(evaluation.evaluation_sample, files, 224, "") == "too many pixels"
+    assert reason(images.evaluation_image, files, 224) == "too many pixels"
 
     generator = np.random.default_rng(0)
     image, _ = data.training_sample(files, generator, 24, (0.9, 1.0), "")
@@ -341,8 +342,8 @@ def test_captions_as_windows_writes_them(encoding):
 
 def test_classes_that_are_no_numbers():
     for content in (b"9" * 5000, b"-1", b"1e3", b"\xd9\xa1", b""):
-        files = {"jpg": encoded(), "cls": content}
-        assert reason(evaluation.evaluation_sample, files, 24, "") == "class is not a number"
+        assert reason(class_number, {"cls": content}) == "class is not a number"
+    assert class_number({"cls": b"7\n"}) == 7
 
 
 # ---- shards: names, what is left out, verify ----

@@ -23,8 +23,8 @@ import helpers
 from config import ConfigError, or_exit
 from conftest import ROOT
 from ingest import index, urls
+from ingest.class_names import class_list
 from ingest.counting import count_samples
-from ingest.evaluation import class_list
 from ingest.images import BadSample
 from ingest.index import load_index
 from ingest.reader import Reader
@@ -627,9 +627,9 @@ def test_a_shard_that_is_trained_on_and_evaluated_is_noted(tmp_path, capsys):
     own = write_shards(tmp_path / "b", (2,))
     train = load_index(pattern)
 
-    index.warn_of_shared_shards(train, load_index(own, evaluation=True))
+    index.warn_of_shared_shards(train, expand(own))
     assert "warning" not in capsys.readouterr().err
-    index.warn_of_shared_shards(train, load_index((own, f"{tmp_path}/link.tar"), evaluation=True))
+    index.warn_of_shared_shards(train, [*expand(own), f"{tmp_path}/link.tar"])
     expected = f"1 of the 2 shards in eval_data are in train_data, too, for example {tmp_path}/link"
     assert expected in capsys.readouterr().err
 

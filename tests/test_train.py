@@ -75,7 +75,7 @@ def test_it_learns_and_the_checkpoint_evaluates_alone(tmp_path, sets):
         assert os.path.getsize(os.path.join(out, name)) > 100, name
 
     evaluation.main([out, "--device=cpu"])
-    alone = read_json(os.path.join(out, "eval.json"))
+    (alone,) = read_json(os.path.join(out, "eval.json"))["sets"]
     assert alone["zeroshot_top1"] == pytest.approx(evals[-1]["eval/zeroshot_top1"])
 
     on_two_ranks = run("eval.py", out, ranks=2, device="cpu")
