@@ -80,7 +80,7 @@ def test_it_learns_and_the_checkpoint_evaluates_alone(tmp_path, sets):
 
     on_two_ranks = run("eval.py", out, ranks=2, device="cpu")
     assert on_two_ranks.returncode == 0, on_two_ranks.stderr
-    again = read_json(os.path.join(out, "eval.json"))
+    (again,) = read_json(os.path.join(out, "eval.json"))["sets"]
     assert shares(again) == pytest.approx(shares(alone))
 
 
