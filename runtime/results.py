@@ -4,13 +4,14 @@
     clip_benchmark/*.json     a file per set and task, for `clip_benchmark build`
     eval_results.jsonl        a line per set that DataComp scores, for its aggregate_scores.py
 
-Here the result of a set is a dict, in which shares go from 0 to 1:
+The result of a set is a dict of
 
-    name                                           of the set
-    images, texts, classes, templates              how many were used
-    left_out                                       {reason: number of samples}
-    zeroshot_top1, _top5, _mean_per_class          shares, if it has classes
-    image_to_text_R@1, R@5, R@10, text_to_image_…  shares, if it has captions
+    name                                        of the set
+    images, texts, classes, templates           how many were used
+    left_out                                    {reason: number of samples}
+    zeroshot_top1, _top5, _mean_per_class       shares, 0 to 1, if it has classes
+    image_to_text_R@1, R@5, R@10                shares, if it has captions
+    text_to_image_R@1, R@5, R@10                shares, if it has captions
 
 The two benchmarks know sets by their names, so a set is taken for the one whose name it bears,
 however that is spelt (the table TASKS).
@@ -111,6 +112,8 @@ COLUMNS = (
 )
 COLUMN_WIDTH = 7
 LONGEST_NAME = 34  # in the table, so that its rows have less than 100 columns
+
+LONGEST_PART = 80  # of the name of a file, which may have 255 bytes
 
 # ---- which set is it ----
 
@@ -317,8 +320,12 @@ def clip_benchmark_records(result, model, checkpoint):
 
 
 def file_name(record):
-    """CLIP_benchmark's own name for a file of results, without what a file system may refuse."""
-    parts = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
+    """CLIP_benchmark's own name for a file of results, without what a file system may refuse.
+
+    Of long names, such as the path of a checkpoint, it has the end.
+    """
+    keys = ("dataset", "pretrained", "model", "language", "task")
+    parts = [record[key][-LONGEST_PART:] for key in keys]
     return re.sub(r"[^\w.-]+", "_", "_".join(parts)) + ".json"
 
 

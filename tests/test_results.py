@@ -99,7 +99,7 @@ def test_no_name_belongs_to_two_tasks():
 
 def test_a_part_of_a_known_set_is_told_of():
     whole = classified("imagenet-o", 0.5)
-    whole.update(images=1_985, left_out={"corrupt image": 15})
+    whole.update(images=1_940, left_out={"corrupt image": 50})  # of 2,000
     part = classified("imagenet", 0.5)
     (line,) = results.other_sizes([whole, part, classified("mine", 0.5)])
     assert "imagenet has 1,000 images, but ImageNet 1k has 50,000" in line
@@ -174,6 +174,11 @@ def test_clip_benchmark_has_a_file_per_set_and_task(tmp_path):
     assert len(metrics) == 6
     assert metrics["image_retrieval_recall@5"] == both["text_to_image_R@5"]
     assert metrics["text_retrieval_recall@10"] == both["image_to_text_R@10"]
+
+    record.update(dataset="d" * 300, pretrained="/data/" * 99 + "step-00000001")
+    name = results.file_name(record)
+    assert len(name) < 255
+    assert name.endswith("_step-00000001_ViT-B-32_en_zeroshot_classification.json")
 
     # Five classes have a top-5 accuracy.
     assert results.classification_metrics(classified("five", 0.5, classes=5))["acc5"] == 0.9
