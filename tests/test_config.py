@@ -17,11 +17,13 @@ PAPER = [
     for a in ("openclip", "sogclr", "isogclr", "v0", "v1", "v2", "v3")
 ] + [f"laion315m_{a}" for a in ("openclip", "v0", "v1", "v2", "v3")]
 
+DATACOMP = [f"datacomp_{d}_{a}" for d in ("small", "medium") for a in ("openclip", "v1", "v3")]
 
-@pytest.mark.parametrize("name", PAPER)
-def test_every_config_of_the_paper_loads(name):
+
+@pytest.mark.parametrize("name", PAPER + DATACOMP)
+def test_every_config_of_a_benchmark_loads(name):
     c = config.load([os.path.join(ROOT, "configs", name + ".py")])
-    suffix = name.split("_")[1]
+    suffix = name.split("_")[-1]
     assert c.algorithm == (f"fastclip-{suffix}" if suffix.startswith("v") else suffix)
     assert c.out_dir == os.path.join("runs", name)
 

@@ -1,9 +1,12 @@
 """runtime/plan.py: how long a run takes and what it costs, with numbers computed by hand."""
 
+import os
+
 import pytest
 
 import config
 from config import ConfigError
+from conftest import ROOT
 from runtime import plan
 
 
@@ -79,3 +82,17 @@ def test_for_a_model_of_another_size_none_is_known():
 def test_a_negative_number_is_refused(key):
     with pytest.raises(ConfigError, match=f"{key} = -1.0 must not be negative"):
         config.load([f"--{key}=-1"])
+
+
+@pytest.mark.parametrize("scale, samples_seen", [("small", 12_800_000), ("medium", 128_000_000)])
+@pytest.mark.parametrize("loss", ["openclip", "v1", "v3"])
+def test_datacomp_has_the_samples_seen_of_its_scale(scale, samples_seen, loss):
+    """Of the whole pool, of one of which 30 % are left, and of one of which 1 % is left."""
+    c = config.load([os.path.join(ROOT, "configs", f"datacomp_{scale}_{loss}.py")])
+    for share in (1.0, 0.3, 0.01):
+        total_steps = c.total_steps(int(samples_seen * share) // c.batch_size)
+        assert total_steps * c.batch_size == samples_seen
+        assert not c.long_warmup(total_steps)
+
+    lines = plan.report(c).splitlines()
+    assert f"{samples_seen:,} samples seen (1 epochs)" in line(lines, "run")
