@@ -23,7 +23,7 @@ from ingest.evaluation import load_sets, read_images, read_samples
 from ingest.index import load_index
 from ingest.sources import TarReader, TarSamples
 from ingest.tar import captions
-from runtime import ranks
+from runtime import plots, ranks, results
 from runtime.ranks import Interrupted
 from samples import N, number_of, picture, sample, write_shards, write_tar
 
@@ -189,6 +189,113 @@ def test_more_ranks_than_samples_give_the_same_retrieval(tmp_path):
     assert alone["image_to_text_R@5"] == alone["text_to_image_R@5"] == 1.0
     assert run_ranks(4, evaluate, pattern, str(tmp_path / "four")) == [alone] * 4
     assert written(tmp_path / "four") == written(tmp_path / "alone")
+
+
+# ---- several sets ----
+
+
+def write_named_sets(root, number=3):
+    """Sets of classes that bear the names of ImageNet and its variants -> {name: pattern}."""
+    names = ("imagenet", "sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r")
+    sets = {}
+    for name in (*names, "objectnet")[:number]:
+        sets[name] = write_class_list(root / name)
+    return sets
+
+
+def test_each_named_set_has_its_results(tmp_path, sets, capsys):
+    """In metrics.jsonl, in eval.json, in the output, in the curves, as a picture of its own."""
+    out = tmp_path / "run"
+    named = write_named_sets(tmp_path / "sets", 2)
+    named["captions"] = write_retrieval_set(tmp_path / "captions", as_lines=True)
+    rows = train(str(out), sets, max_steps=2, context_length=32, eval_data=repr(named))
+
+    with open(out / "eval.json") as f:
+        content = json.load(f)
+    assert content["imagenet_and_variants"] is None
+    assert [result["name"] for result in content["sets"]] == list(named)
+    for result in content["sets"]:
+        name = result["name"]
+        measured = {key: value for key, value in rows[-1].items() if key.startswith(f"eval/{name}")}
+        assert measured == {f"eval/{name}/{key}": v for key, v in measures(result).items()}
+        assert os.path.getsize(out / f"retrieval-{name}.png") > 1000
+    assert "zeroshot_top1" in content["sets"][0]
+    assert "text_to_image_R@10" in content["sets"][2]
+
+    printed = capsys.readouterr().out
+    assert "step 2  captions: image_to_text_R@1 0" in printed
+    curves = plots.evaluation_curves({"run": rows})
+    assert [(curve.label, curve.key) for curve in curves] == [
+        ("captions", "eval/captions/text_to_image_R@1"),
+        ("imagenet", "eval/imagenet/zeroshot_top1"),
+        ("sketch", "eval/sketch/zeroshot_top1"),
+    ]
+    assert plots.evaluation_curves({"a": rows, "b": rows})[0].label == "a, captions"
+
+
+def test_imagenet_and_its_variants_have_a_mean(tmp_path):
+    named = write_named_sets(tmp_path / "sets", 7)
+    found = evaluate_all(repr(named), str(tmp_path / "run"))
+    mean = sum(result["zeroshot_top1"] for result in found) / 7
+    row = results.measures(found, named=True)
+    assert row["imagenet_and_variants"] == pytest.approx(mean)
+    assert row["imagenet-r/zeroshot_top1"] == found[5]["zeroshot_top1"]
+    with open(tmp_path / "run" / "eval.json") as f:
+        assert json.load(f)["imagenet_and_variants"] == pytest.approx(mean)
+
+
+def test_classes_that_several_sets_share_are_encoded_once(tmp_path, monkeypatch):
+    encoded = []
+    encode_texts = evaluation.Encoder.texts
+
+    def counted(self, texts, what="texts"):
+        encoded.append(len(texts))
+        return encode_texts(self, texts, what)
+
+    monkeypatch.setattr(evaluation.Encoder, "texts", counted)
+    number = len(shapes.CLASSES)
+    some = [*shapes.CLASSES[:-1], "a bear"]
+    one = write_class_list(tmp_path / "one")
+    two = write_class_list(tmp_path / "two", some)
+    three = write_class_list(tmp_path / "three", templates=["a {c}"])
+    alone = evaluate(two, str(tmp_path / "run"))
+    named = repr({"one": one, "two": two, "three": three})
+    found = evaluate_all(named, str(tmp_path / "run"))
+    assert encoded == [number, number, 1, number]
+    assert measures(found[1]) == pytest.approx(measures(alone))
+
+
+@pytest.mark.parametrize(
+    "eval_data, message",
+    [
+        ({"a/b": "x.tar"}, "'a/b' cannot be the name of a set: use letters"),
+        ({1: "x.tar"}, "1 cannot be the name of a set"),
+        ({"a": ""}, "the set 'a' has no place"),
+        ({"a": 7}, "eval_data, a must hold strings"),
+    ],
+)
+def test_names_of_sets_that_cannot_be(eval_data, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load([f"--eval_data={eval_data!r}"])
+
+
+def test_a_list_of_names_for_a_set_that_is_not_there():
+    words = ["--eval_data={'imagenet': 'x.tar'}", "--eval_names={'imagnet': 'names.txt'}"]
+    with pytest.raises(ConfigError, match="eval_names names .*'imagnet'.* mean 'imagenet'"):
+        config.load(words)
+
+
+def test_captions_that_are_the_same_are_queries_of_their_own(tmp_path):
+    """Two images have the same five captions: of ten queries, each has one image that is right."""
+    generator = torch.Generator().manual_seed(3)
+    files = []
+    for n in range(2):
+        files.append((f"{n}.png", png_of_class(n, generator)))
+        files.append((f"{n}.txt", b"a\nb\nc\nd\ne"))
+    result = evaluate(write_tar(tmp_path / "0.tar", files), str(tmp_path / "run"))
+    assert result["texts"] == 10
+    assert result["text_to_image_R@1"] == 0.5  # one of the two is nearer to each text
+    assert result["text_to_image_R@5"] == 1.0
 
 
 # ---- an evaluation that is stopped, and what it shows ----
