@@ -9,7 +9,6 @@ must compute the features that we compute. tools/to_open_clip.py and tools/to_hf
 """
 
 import argparse
-import contextlib
 import os
 import shutil
 import sys
@@ -39,8 +38,8 @@ WORDS = "a photo of two red birds that sit in the snow beside an old house".spli
 def largest_difference(folder, library, model):
     """The largest difference between our features and those of the other library, a float.
 
-    library: the module tools.to_open_clip or tools.to_hf, whose `encode` loads the folder. Raises
-    ImportError without the library, and whatever it raises.
+    library: the module tools.to_open_clip or tools.to_hf, whose `encode` loads the folder.
+    model: in eval mode. Raises ImportError without the library, and whatever it raises.
     """
     size = model.image_size
     generator = torch.Generator().manual_seed(0)
@@ -61,8 +60,7 @@ def largest_difference(folder, library, model):
 
 @torch.no_grad()
 def features(model, pictures, texts):
-    """uint8 (n, 3, S, S) and m str -> our features, float32 (n, d) and (m, d)."""
-    model.eval()
+    """uint8 (n, 3, S, S) and m str -> our features, float32 (n, d) and (m, d), in eval mode."""
     tokens = Tokenizer(model.context_length)(texts)  # (m, context_length)
     return model.encode_image(pictures), model.encode_text(tokens)
 
@@ -87,8 +85,7 @@ def check_written(folder, library, model):
         return f"It was not compared with {library.LIBRARY}, which is not installed ({error})."
     except Exception as error:
         raise ConfigError(
-            f"{library.LIBRARY} cannot load the export, which is not kept: "
-            f"{type(error).__name__}: {error}"
+            f"{library.LIBRARY} cannot load the export, which is not kept: {one_line(error)}"
         ) from error
 
     if difference > LARGEST_DIFFERENCE:
@@ -100,6 +97,11 @@ def check_written(folder, library, model):
         f"{NUM_COMPARED} images and {NUM_COMPARED} captions were encoded by {library.LIBRARY} and "
         f"by the training code: features of length 1 differ by {difference:.1e} at most."
     )
+
+
+def one_line(error):
+    """The type and the beginning of the message of an error, which may have many lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 # ---- the folder ----
@@ -203,10 +205,10 @@ def results_of(folder):
 
 def run_of(folder):
     """The folder of the run that the checkpoint folder belongs to; "" if it lies elsewhere."""
-    above = os.path.dirname(os.path.abspath(folder))
+    above = os.path.dirname(os.path.normpath(folder))
     if os.path.basename(above) != "checkpoints":
         return ""
-    return os.path.relpath(os.path.dirname(above))
+    return os.path.dirname(above) or "."
 
 
 # ---- the command ----
@@ -227,37 +229,43 @@ def export(folder, c, out, library):
     library.check_model(model)
     check_space(out, model)
     checkpoint.load_model(folder, model, c)
-    step = checkpoint.read(os.path.join(folder, "train.pt"), mmap=True)["step"]
+    model.eval()
 
-    results, reason = results_of(folder)
-    if results is None:
-        print(f"the model card has no results: {reason}; python eval.py makes them", flush=True)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(configs.writing_to(out, "out"))
-        aside = tempfile.TemporaryDirectory(prefix=".export-", dir=existing_folder(out))
-        partial = os.path.join(stack.enter_context(aside), "export")
+    where = existing_folder(out)
+    with (
+        configs.writing_to(out, "out"),
+        tempfile.TemporaryDirectory(prefix=".export-", dir=where) as temporary,
+    ):
+        partial = os.path.join(temporary, "export")
         os.mkdir(partial)
 
         library.write(partial, model, c.model, numbers)
         checked = check_written(partial, library, model)
-
-        title = os.path.basename(os.path.abspath(run_of(folder) or folder))
-        card = model_card(title, library.LIBRARY, library.USAGE, model, c, step, results, checked)
-        with open(os.path.join(partial, MODEL_CARD), "w", encoding="utf-8") as f:
-            f.write(card)
+        write_card(partial, folder, library, model, c, checked)
         write_sums(partial)
 
-        put_in_place(partial, out, os.path.join(aside.name, "earlier"))
-
+        put_in_place(partial, out, aside=os.path.join(temporary, "earlier"))
     report(out, library, checked)
+
+
+def write_card(partial, folder, library, model, c, checked):
+    """Write the model card of the checkpoint in `folder`. checked: of check_written."""
+    results, reason = results_of(folder)
+    if results is None:
+        print(f"the model card has no results: {reason}; eval.py makes them", flush=True)
+
+    step = checkpoint.read(os.path.join(folder, "train.pt"), mmap=True)["step"]
+    title = os.path.basename(os.path.abspath(run_of(folder) or folder))
+    card = model_card(title, library.LIBRARY, library.USAGE, model, c, step, results, checked)
+    with open(os.path.join(partial, MODEL_CARD), "w", encoding="utf-8") as f:
+        f.write(card)
 
 
 def report(out, library, checked):
     """Print what was written, and how it is loaded."""
-    print(f"{out}:")
-    for name in sorted(os.listdir(out)):
-        print(f"  {name:<28}{os.path.getsize(os.path.join(out, name)) / 1e6:10.2f} MB")
+    names = sorted(os.listdir(out))
+    size = sum(os.path.getsize(os.path.join(out, name)) for name in names)
+    print(f"{out}, {size / 1e6:.1f} MB: {', '.join(names)}")
     print(f"{checked}\n\n{library.USAGE.replace('FOLDER', out)}")
 
 
@@ -283,9 +291,11 @@ def parse(argv):
         prog="python -m tools.export",
         description="Write a checkpoint as a folder that another library loads.",
     )
-    parser.add_argument("checkpoint", help="a run's folder (its newest checkpoint), or a checkpoint's")
+    parser.add_argument("checkpoint", help="folder of a run (its newest one), or of a checkpoint")
     parser.add_argument("--to", required=True, help="open_clip, or hf for transformers (ViTs only)")
-    parser.add_argument("--out", help="folder to write (default: RUN/exports/ and the word of --to)")
+    parser.add_argument(
+        "--out", help="folder to write (default: RUN/exports/ and the word of --to)"
+    )
     return parser.parse_args(argv)
 
 

@@ -144,12 +144,18 @@ def size_of_set(one):
 
 def settings(c):
     """The settings that differ from the defaults, as a table."""
-    lines = ["Those that differ from the defaults:", "", "| setting | value |", "|---|---|"]
+    rows = []
+    defaults = Config()
     for field in dataclasses.fields(Config):
         value = getattr(c, field.name)
-        if value != field.default and field.name not in (*JOB_KEYS, *IN_SENTENCES):
-            lines.append(f"| {field.name} | `{value!r}` |")
-    return "\n".join(lines)
+        is_default = value == getattr(defaults, field.name)
+        if not is_default and field.name not in (*JOB_KEYS, *IN_SENTENCES):
+            rows.append(f"| {field.name} | `{value!r}` |")
+
+    if not rows:
+        return "All others are the defaults."
+    head = ["Those that differ from the defaults:", "", "| setting | value |", "|---|---|"]
+    return "\n".join(head + rows)
 
 
 def read_results(path):

@@ -1,10 +1,10 @@
 """An export for Hugging Face transformers: a CLIPModel with its CLIPProcessor. ViTs only.
 
-    config.json, model.safetensors                    the model
-    processor_config.json, preprocessor_config.json   how an image is prepared; for transformers 5,
-                                                      and for other readers
-    tokenizer.json, tokenizer_config.json             CLIP's tokenizer
-    vocab.json, merges.txt                            the same, for other readers
+config.json, model.safetensors                    the model
+processor_config.json, preprocessor_config.json   how an image is prepared; for transformers 5,
+                                                  and for other readers
+tokenizer.json, tokenizer_config.json             CLIP's tokenizer
+vocab.json, merges.txt                            the same, for other readers
 """
 
 import torch
@@ -41,7 +41,7 @@ BLOCK_PARTS = {
 
 
 def check_numbers(numbers):
-    """ConfigError without transformers, and for a tower that is no ViT of ours.
+    """ConfigError without transformers 5 or newer, and for a tower that is no ViT of ours.
 
     numbers: those of model.resolve_numbers.
     """
@@ -51,11 +51,18 @@ def check_numbers(numbers):
             "it by --to open_clip"
         )
     try:
-        import transformers  # noqa: F401 (is it there?)
+        import transformers
     except ImportError as error:
         raise ConfigError(
             f"--to hf needs transformers: pip install transformers ({error})"
         ) from error
+
+    version = transformers.__version__
+    if int(version.partition(".")[0]) < 5:  # its tokenizer has other arguments
+        raise ConfigError(
+            f"--to hf needs transformers 5 or newer, and this is {version}: pip install -U "
+            "transformers"
+        )
 
 
 def check_model(model):
