@@ -111,8 +111,8 @@ def vision_config(model, name, numbers):
     }
     if not is_resnet(model):
         vision["patch_size"] = numbers["patch_size"]
-        # open_clip computes the number of heads from this. Only if it is not a multiple of 64 is
-        # the width of our heads another than its default.
+        # open_clip divides the width by this to get the number of heads. Its default, 64, is too
+        # much for a narrower tower, which has one head here.
         vision["head_width"] = model.visual.transformer.resblocks[0].attn.head_size
     return vision
 
