@@ -1,15 +1,18 @@
 """tools/export.py: other libraries load our checkpoints and compute the same; the model card."""
 
 import dataclasses
+import html
 import json
 import math
 import os
 import shutil
 import sys
 
+import ftfy
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
 
 import config
 import model as models
@@ -118,9 +121,19 @@ def assert_same_features_and_classes(folder, library, model, resized):
     assert (images[:8] - our_images[:8]).abs().max() < 1e-5
     assert (images[8:] - our_images[8:]).abs().max() < resized
 
+    assert_usage_gives(our_images[0], library, folder, pictures[0])
+
     classes = len(shapes.CLASSES)
     our_classes = (our_images[:8] @ our_texts[:classes].T).argmax(1)
     assert torch.equal((images[:8] @ found_texts[:classes].T).argmax(1), our_classes)
+
+
+def assert_usage_gives(image_feature, library, folder, picture):
+    """The code in the model card runs as it is. image_feature: (d,) of the picture."""
+    variables = {"picture": to_pil_image(picture)}
+    exec(library.USAGE.replace("FOLDER", folder), variables)
+    assert (variables["image_features"][0] - image_feature).abs().max() < 1e-5
+    assert variables["text_features"].shape == (1, len(image_feature))
 
 
 @pytest.mark.parametrize("kind", OPEN_CLIP)
@@ -174,6 +187,16 @@ def test_transformers_computes_our_features(kind, tmp_path):
     assert theirs.logit_scale.item() == model.logit_scale.item()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.model_max_length == model.context_length
+    for text in (
+        "Tom &amp; Jerry",
+        "“l’été”",
+        "mojibake cafÃ©",
+        "ﬁne ｆｕｌｌ ① 日本語 🐱",
+        "don't I'LL",
+    ):
+        cleaned = html.unescape(ftfy.fix_text(text))
+        ours = Tokenizer(77).encode(text)
+        assert tokenizer(cleaned).input_ids[1:-1] == ours, text
 
 
 # ---- refusals ----
@@ -335,7 +358,7 @@ def test_the_card_has_no_results_of_another_checkpoint(run, monkeypatch, capsys)
     """Nor of another form; and temperatures of samples are not the model's."""
     write_results(run, {"zeroshot_top1": 0.5})
     assert "None are known" in card_of(run, monkeypatch)
-    assert "is not what eval.py writes now" in capsys.readouterr().out
+    assert "has not the form that eval.py writes" in capsys.readouterr().out
 
     write_results(run, RESULTS)
     os.utime(os.path.join(run, "eval.json"), (1, 1))

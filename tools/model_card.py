@@ -170,4 +170,4 @@ def read_results(path):
     except OSError as error:
         return None, f"{path} cannot be read: {error.strerror or error}"
     except (ValueError, TypeError, KeyError, AttributeError):
-        return None, f"{path} is not what eval.py writes now"
+        return None, f"{path} has not the form that eval.py writes"
