@@ -657,14 +657,17 @@ def check_set_names(c):
 
 
 @contextlib.contextmanager
-def writing_to(out_dir):
-    """A ConfigError, with the operating system's reason, for an OSError of what is inside."""
+def writing_to(folder, option="out_dir"):
+    """A ConfigError, with the operating system's reason, for an OSError of what is inside.
+
+    option: the name of the option that gives the folder.
+    """
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"out_dir = {out_dir!r} cannot be written: {error.strerror or error}; make "
-            "room, or allow writing there, or choose another --out_dir"
+            f"{option} = {folder!r} cannot be written: {error.strerror or error}; make "
+            f"room, or allow writing there, or choose another --{option}"
         ) from error
 
 

@@ -11,7 +11,7 @@ import gzip
 import html
 import re
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import ftfy
@@ -22,6 +22,7 @@ VOCAB_FILE = Path(__file__).parent.parent / "assets" / "bpe_simple_vocab_16e6.tx
 VOCAB_SIZE = 49408
 SOT = VOCAB_SIZE - 2  # <start_of_text>
 EOT = VOCAB_SIZE - 1  # <end_of_text>
+END_OF_PIECE = "</w>"  # at the end of a token in VOCAB_FILE
 SPECIAL = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 
 # The pieces of a caption. IGNORECASE matters even on lowercased text: "ſ" is lowercase and matches
@@ -176,32 +177,45 @@ def read_vocabulary():
     merges: {(left id, right id): merged id}; the lower the merged id, the earlier it was learnt.
     token_bytes: list of the bytes of every token, with a space behind those that end a piece.
     """
-    # The file spells each byte as one visible character: itself where it is printable Latin-1,
-    # else the next one from U+0100 on. The ids of bytes follow that order, the printable first.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_order = printable + others
-    spelling = [chr(byte) for byte in printable]
-    spelling += [chr(256 + i) for i in range(len(others))]
-
-    byte_id = {byte: i for i, byte in enumerate(byte_order)}
-    token_bytes = [bytes([byte]) for byte in byte_order]
+    spelling = byte_spelling()
+    byte_id = {byte: i for i, byte in enumerate(spelling)}
+    token_bytes = [bytes([byte]) for byte in spelling]
     token_bytes += [byte + b" " for byte in token_bytes]
 
-    # Every further line is one merge, two tokens in this spelling; the result is the next id.
     token_id = {}
-    for i, character in enumerate(spelling):
+    for i, character in enumerate(spelling.values()):
         token_id[character] = i
-        token_id[character + "</w>"] = 256 + i
+        token_id[character + END_OF_PIECE] = 256 + i
 
+    # The result of each merge is the next id.
     merges = {}
+    for new, (left, right) in enumerate(read_merges(), 512):
+        left_id = token_id[left]
+        right_id = token_id[right]
+        token_id[left + right] = new
+        merges[left_id, right_id] = new
+        token_bytes.append(token_bytes[left_id] + token_bytes[right_id])
+    return byte_id, merges, token_bytes
+
+
+def byte_spelling():
+    """-> {byte: the character that VOCAB_FILE writes for it}, in the order of their token ids.
+
+    It is the byte itself where that is printable Latin-1, else the next character from U+0100 on.
+    The printable bytes come first.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+
+    spelling = {byte: chr(byte) for byte in printable}
+    for i, byte in enumerate(others):
+        spelling[byte] = chr(256 + i)
+    return spelling
+
+
+def read_merges():
+    """-> list of (left, right), the tokens of each merge in the spelling of VOCAB_FILE."""
     with gzip.open(VOCAB_FILE, "rt", encoding="utf-8") as f:
         next(f)  # a line with the version
-        for new in range(512, SOT):
-            left, right = next(f).split()
-            left_id = token_id[left]
-            right_id = token_id[right]
-            token_id[left + right] = new
-            merges[left_id, right_id] = new
-            token_bytes.append(token_bytes[left_id] + token_bytes[right_id])
-    return byte_id, merges, token_bytes
+        lines = islice(f, SOT - 512)
+        return [tuple(line.split()) for line in lines]
