@@ -254,14 +254,14 @@ def write(folder, sets, model, checkpoint):
     Raises ConfigError, after eval.json, for an old eval_results.jsonl that cannot be read, and if a
     file cannot be written.
     """
-    write_eval_json(folder, sets)
+    write_eval_json(folder, sets, checkpoint)
     write_clip_benchmark(folder, sets, model, checkpoint)
     write_datacomp(folder, sets, checkpoint)
 
 
-def write_eval_json(folder, sets):
+def write_eval_json(folder, sets, checkpoint):
     mean, _ = imagenet_and_variants(sets)
-    content = {"sets": sets, "imagenet_and_variants": mean}
+    content = {"checkpoint": checkpoint, "sets": sets, "imagenet_and_variants": mean}
     write_text(os.path.join(folder, "eval.json"), json.dumps(content, indent=1))
 
 

@@ -275,13 +275,14 @@ def test_eval_json_has_all_sets_and_the_mean(tmp_path):
     results.write(str(tmp_path / "new"), seven(), "ViT-B-32", "one")
     with open(tmp_path / "new" / "eval.json") as f:
         content = json.load(f)
+    assert content["checkpoint"] == "one"
     assert content["sets"] == seven()
     assert content["imagenet_and_variants"] == pytest.approx(0.4)
     assert len(os.listdir(tmp_path / "new" / "clip_benchmark")) == 7
     assert len(lines_of(tmp_path / "new")) == 7
     assert not [path for path in read_all(tmp_path) if path.suffix == ".partial"]
 
-    results.write_eval_json(str(tmp_path), seven()[1:])
+    results.write_eval_json(str(tmp_path), seven()[1:], "one")
     with open(tmp_path / "eval.json") as f:
         assert json.load(f)["imagenet_and_variants"] is None
 

@@ -185,22 +185,20 @@ def put_in_place(folder, out, aside):
 def results_of(folder):
     """The results of a checkpoint -> (content of eval.json, ""), or (None, why there are none).
 
-    eval.py and the end of a training write eval.json into the run's folder, about the newest
-    checkpoint, or eval.py writes it into the folder of the checkpoint that it was given.
+    eval.py and the end of a training write eval.json into the run's folder or, if eval.py is given
+    a checkpoint, into its folder. It says of which checkpoint the results are.
     """
     beside = os.path.join(folder, "eval.json")
     run = run_of(folder)
-    if os.path.exists(beside) or not run:
-        return read_results(beside)
-    if checkpoint.steps(os.path.join(run, "checkpoints"))[0] != os.path.basename(folder):
-        return None, f"{run}/eval.json is about the newest checkpoint, and this one is older"
+    path = beside if os.path.exists(beside) or not run else os.path.join(run, "eval.json")
 
-    path = os.path.join(run, "eval.json")
     results, reason = read_results(path)
-    weights = os.path.join(folder, "model.pt")
-    if results is not None and os.path.getmtime(path) < os.path.getmtime(weights):
-        return None, f"{path} is older than the checkpoint"
-    return results, reason
+    if results is None:
+        return None, reason
+    evaluated = os.path.basename(os.path.normpath(results["checkpoint"]))
+    if evaluated != os.path.basename(os.path.normpath(folder)):
+        return None, f"{path} is of another checkpoint, {results['checkpoint']}"
+    return results, ""
 
 
 def run_of(folder):

@@ -166,6 +166,7 @@ def read_results(path):
         with open(path) as f:
             results = json.load(f)
         results_table(results)
+        os.path.normpath(results["checkpoint"])
         return results, ""
     except OSError as error:
         return None, f"{path} cannot be read: {error.strerror or error}"
