@@ -24,7 +24,7 @@ from config import ConfigError, or_exit
 from conftest import ROOT
 from ingest import index, urls
 from ingest.counting import count_samples
-from ingest.evaluation import class_list
+from ingest.class_names import class_list
 from ingest.images import BadSample
 from ingest.index import load_index
 from ingest.reader import Reader
@@ -318,7 +318,7 @@ def test_shards_without_usable_samples(tmp_path):
         caption_key="texts",
         evaluation=True,
     )
-    refused(write_tar(tmp_path / "nothing.tar", []), "no usable sample in 1 shards")
+    refused(write_tar(tmp_path / "nothing.tar", []), "no usable sample in these shards")
 
 
 # ---- the command line ----
@@ -499,7 +499,7 @@ def write_files(folder, *names):
         ),
         (
             ["n01/0.JPEG", "n02/1.JPEG"],
-            "if the 2 folders are classes, for eval_data: a sample needs",
+            "if the 2 folders are classes: eval_data takes such a folder as it is",
         ),
         (["0.jpg"], "write a caption KEY.txt beside each KEY.jpg"),
         (["0.jpg", "0.caption"], "rename the captions to KEY.txt, then pack it, `tar"),
