@@ -24,7 +24,7 @@ from config import ConfigError, or_exit
 from conftest import ROOT
 from ingest import index, urls
 from ingest.counting import count_samples
-from ingest.class_names import class_list
+from ingest.class_names import find_lists
 from ingest.images import BadSample
 from ingest.index import load_index
 from ingest.reader import Reader
@@ -571,8 +571,8 @@ def test_shards_of_a_folder_of_classes(tmp_path, monkeypatch):
         (folder / f"{number}.with.dots.JPG").write_bytes(picture(3 * number, "jpg"))
 
     exec(python_in_docs("classnames.txt"), {})
-    names, _ = class_list(str(tmp_path / "data" / "val"))
-    assert names == ["n0", "n1"]
+    lists = find_lists(str(tmp_path / "data" / "val"))
+    assert lists.names == ["n0", "n1"]
     loaded = load_index("data/val/*.tar", evaluation=True)
     reader = Reader(loaded)
     labels = [reader.read(i)["cls"] for i in range(loaded.num_samples)]
