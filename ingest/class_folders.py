@@ -5,6 +5,7 @@ import os
 from collections import Counter
 
 from config import ConfigError
+from ingest.class_names import choose_templates, find_lists
 from ingest.classes import Classes, classes_of, numbered
 from ingest.folders import extension_of, list_folder, some
 from ingest.left_out import NO_CLASS_FOLDER, NOT_READ
@@ -20,14 +21,12 @@ LABEL_TO_IMAGENET = "objectnet_to_imagenet_1k.json"
 # ---- a folder per class ----
 
 
-def find_class_folders(root, lists):
-    """ROOT/CLASS/IMAGE -> (ImageFiles, Classes); None if no folder in ROOT holds images.
+def find_class_folders(root, top, files):
+    """ROOT/CLASS/IMAGE -> (ImageFiles, Classes); None if fewer than two folders hold images.
 
-    lists: ingest.class_names.Lists. None as well if only one folder does, which is no set of
-    classes. Raises ConfigError for images that lie deeper, for a class without images, and what
-    classes_of raises.
+    top: Listing of ROOT. files: ingest.class_names.Files. Raises ConfigError for images that lie
+    deeper, for a class without images, and what find_lists and classes_of raise.
     """
-    top = list_folder(root)
     inside = {name: list_folder(os.path.join(root, name)) for name in top.folders}
     check_depth(root, inside)
 
@@ -35,7 +34,7 @@ def find_class_folders(root, lists):
     if len(with_images) < 2:
         return None
 
-    classes = classes_of(set(inside), lists, root)
+    classes = classes_of(set(inside), find_lists(root, files), root)
     source = images_of_classes(root, inside, classes)
     source.left_out.update(f"{extension_of(name)} {NO_CLASS_FOLDER}" for name in top.images)
     return source, classes
@@ -86,12 +85,12 @@ def check_depth(root, inside):
 # ---- ObjectNet ----
 
 
-def find_objectnet(path, find_lists):
+def find_objectnet(path, files):
     """ObjectNet's folder, or images/ in it -> (ImageFiles, Classes); None if it is another set.
 
-    find_lists(folder) -> ingest.class_names.Lists. The classes are those 113 of its 313 that
-    ImageNet has, too; the other folders are no part of the set. Raises ConfigError for mappings
-    that cannot be read and for class folders that are not there.
+    files: ingest.class_names.Files. The classes are those 113 of its 313 that ImageNet has, too;
+    the other folders are no part of the set. Raises ConfigError for mappings that cannot be read,
+    for class folders that are not there, and what find_lists raises.
     """
     root = path
     if os.path.basename(os.path.abspath(path)) == "images":
@@ -114,7 +113,7 @@ def find_objectnet(path, find_lists):
         )
 
     names = [label_of[folder].lower() for folder in folders]
-    lists = find_lists(root)
+    lists = find_lists(root, files)
     if lists.names:
         names = lists.names
     if len(names) != len(folders):
@@ -123,7 +122,8 @@ def find_objectnet(path, find_lists):
             "classes with ImageNet: give one line for each, in the sorted order of their folders"
         )
 
-    classes = Classes("ObjectNet's", numbered(folders), names, is_imagenet=True)
+    templates = choose_templates(lists, is_imagenet=True)
+    classes = Classes("ObjectNet's", numbered(folders), names, *templates)
     inside = {name: list_folder(os.path.join(images, name)) for name in folders}
     source = images_of_classes(images, inside, classes)
     source.description = f"ObjectNet, its border of {OBJECTNET_BORDER} pixels cut off"

@@ -22,6 +22,16 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATES = ["a photo of a {c}"]
 
 
+class Files(NamedTuple):
+    """Files that the user gives by hand for a set; "" for none."""
+
+    names: str
+    templates: str
+
+
+NO_FILES = Files(names="", templates="")
+
+
 class Lists(NamedTuple):
     """What the user's files say about a set's classes.
 
@@ -37,21 +47,21 @@ class Lists(NamedTuple):
     templates_path: str
 
 
-def find_lists(folder, names_path="", templates_path=""):
+def find_lists(folder, files=NO_FILES):
     """The lists for a set in a folder -> Lists.
 
-    names_path, templates_path: files given by hand, which come before all else. Prints a line if a
-    name occurs twice. Raises ConfigError for a file that cannot be read, for an empty line between
-    the names, and for a template without a place for them.
+    files: given by hand, they come before those beside the set. Prints a line if a name occurs
+    twice. Raises ConfigError for a file that cannot be read, for an empty line between the names,
+    and for a template without a place for them.
     """
-    names_path = names_path or find_beside(folder, CLASS_NAMES)
-    templates_path = templates_path or find_beside(folder, TEMPLATES)
+    names_path = os.path.expanduser(files.names) or find_beside(folder, CLASS_NAMES)
+    templates_path = os.path.expanduser(files.templates) or find_beside(folder, TEMPLATES)
     names = read_class_names(names_path) if names_path else []
     templates = read_templates(templates_path) if templates_path else []
     return Lists(names, names_path, templates, templates_path)
 
 
-def choose_templates(lists, is_imagenet):
+def choose_templates(lists, is_imagenet=False):
     """-> (templates, where they come from, "" for the default one).
 
     is_imagenet: without a file, take ImageNet's, if open_clip is installed.

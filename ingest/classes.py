@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from config import ConfigError
-from ingest.class_names import imagenet_ids, imagenet_names
+from ingest.class_names import DEFAULT_TEMPLATES, choose_templates, imagenet_ids, imagenet_names
 from ingest.folders import some
 
 WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
@@ -20,17 +20,19 @@ class Classes(NamedTuple):
 
     kind            of what names them on the disk, for people
     labels          {what names a class on the disk: its number, from 0 to the number of names}
-    names           list of str, what the prompts say
-    is_imagenet     whether ImageNet's templates suit them
+    names           list of str, which stand in the prompts
+    templates       the prompts, list of str, in which {c} stands for the name of a class
+    templates_from  the file of the templates, or "open_clip"; "" for the default one
     """
 
     kind: str
     labels: dict
     names: list
-    is_imagenet: bool
+    templates: list
+    templates_from: str = ""
 
 
-NO_CLASSES = Classes(kind="", labels={}, names=[], is_imagenet=False)
+NO_CLASSES = Classes(kind="", labels={}, names=[], templates=DEFAULT_TEMPLATES)
 
 
 def classes_of(keys, lists, where):
@@ -61,7 +63,8 @@ def wordnet_classes(ids, lists, where):
     order = sorted(ids)
     numbers = [number_of[wordnet_id] for wordnet_id in order]
     names = imagenet_names(numbers, lists, where)
-    return Classes("WordNet ids", numbered(order), names, is_imagenet=True)
+    templates = choose_templates(lists, is_imagenet=True)
+    return Classes("WordNet ids", numbered(order), names, *templates)
 
 
 def numbered_classes(keys, lists, where):
@@ -70,7 +73,8 @@ def numbered_classes(keys, lists, where):
     largest = max(labels.values())
     if set(labels.values()) == set(range(1000)):
         names = imagenet_names(range(1000), lists, where)
-        return Classes("numbers of ImageNet's classes", labels, names, is_imagenet=True)
+        templates = choose_templates(lists, is_imagenet=True)
+        return Classes("numbers of ImageNet's classes", labels, names, *templates)
 
     if not lists.names:
         raise ConfigError(
@@ -83,22 +87,23 @@ def numbered_classes(keys, lists, where):
             f"{where} has a class {largest:,}, but {lists.names_path} has {len(lists.names):,} "
             "lines: classes are counted from 0, or the list belongs to another set"
         )
-    return Classes("numbers", labels, lists.names, is_imagenet=False)
+    return Classes("numbers", labels, lists.names, *choose_templates(lists))
 
 
 def named_classes(keys, lists, where):
     """As classes_of. A list may hold the names themselves, or others in the order of the keys."""
     order = sorted(keys)
     own_names = [key.replace("_", " ") for key in order]
+    templates = choose_templates(lists)
     if not lists.names:
-        return Classes("names", numbered(order), own_names, is_imagenet=False)
+        return Classes("names", numbered(order), own_names, *templates)
 
     line_of = {}
     for number, name in enumerate(lists.names):
         line_of.setdefault(name.replace("_", " ").lower(), number)
     lines = [line_of.get(name.lower()) for name in own_names]
     if None not in lines:
-        return Classes("names", dict(zip(order, lines)), lists.names, is_imagenet=False)
+        return Classes("names", dict(zip(order, lines)), lists.names, *templates)
 
     if len(lists.names) != len(order):
         raise ConfigError(
@@ -113,7 +118,7 @@ def named_classes(keys, lists, where):
                 f"{line + 1} is {lists.names[line]!r}, but {order[number]!r} is number "
                 f"{number + 1} in sorted order"
             )
-    return Classes("names", numbered(order), lists.names, is_imagenet=False)
+    return Classes("names", numbered(order), lists.names, *templates)
 
 
 def numbered(keys):

@@ -20,10 +20,10 @@ SPLIT = "test"
 LOOKED_INTO = 65536  # characters of a JSON file, to see what it is
 
 
-def karpathy_files(folder):
-    """-> the paths of the files in a folder that are of this form."""
+def karpathy_files(folder, listing):
+    """-> the paths of the files in a folder, with this Listing, that are of this form."""
     paths = []
-    for name in list_folder(folder).others:
+    for name in listing.others:
         path = os.path.join(folder, name)
         if extension_of(name) == "json" and looks_like_split(path):
             paths.append(path)
@@ -111,7 +111,8 @@ def check_entry(entry):
     if not isinstance(entry["filename"], str) or "/" in entry["filename"]:
         raise ValueError(f"{entry['filename']!r} is no file name")
     for sentence in entry["sentences"]:
-        sentence["raw"].strip
+        if not isinstance(sentence["raw"], str):
+            raise TypeError("a caption is no text")
 
 
 def captions_of(entry):

@@ -17,9 +17,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from config import ConfigError
-from ingest.class_names import CLASS_NAMES, TEMPLATES, read_lines
+from ingest.class_names import CLASS_NAMES, TEMPLATES, find_lists, read_lines
 from ingest.classes import NUMBER, WORDNET_ID, classes_of
-from ingest.folders import Listing, extension_of, list_folder
+from ingest.folders import extension_of, list_folder
 from ingest.images import IMAGES, OTHER_IMAGES
 from ingest.left_out import NO_LABEL, NOT_READ, NOT_THERE
 from ingest.sources import ImageFiles
@@ -52,17 +52,17 @@ class Labels(NamedTuple):
 # ---- finding the file ----
 
 
-def find_flat_folder(folder, find_lists):
+def find_flat_folder(folder, listing, files):
     """A folder of images, its file of labels in it or above -> (ImageFiles, Classes).
 
-    find_lists(folder) -> ingest.class_names.Lists. None if there are no images in the folder.
-    Raises ConfigError if no file fits the images, or several do, and what classes_of raises.
+    listing: of the folder. files: ingest.class_names.Files. None if there are no images in the
+    folder. Raises ConfigError if no file fits the images, or several do, and what find_lists and
+    classes_of raise.
     """
-    folder = os.path.abspath(folder)
-    listing = list_folder(folder)
     if not listing.images:
         return None
 
+    folder = os.path.abspath(folder)
     looked_at = []
     for place in (folder, os.path.dirname(folder)):
         candidates = [(path, folder, listing) for path in label_files(place)]
@@ -71,10 +71,10 @@ def find_flat_folder(folder, find_lists):
         if len(fitting) > 1:
             paths = ", ".join(path for path, *_ in fitting)
             raise ConfigError(
-                f"{folder}: several files hold labels of its images: {paths}; give one"
+                f"{folder}: several files hold labels of its images: {paths}; give one of them"
             )
         if fitting:
-            return flat_set(*fitting[0], find_lists(folder))
+            return flat_set(*fitting[0], files)
 
     lines = looked_at or ["there is no .csv, .tsv or .txt in it or in the folder above"]
     raise ConfigError(
@@ -88,7 +88,7 @@ def find_flat_folder(folder, find_lists):
     )
 
 
-def find_labelled_images(path, find_lists):
+def find_labelled_images(path, files):
     """A file of labels, its images in its folder or in one beside it -> (ImageFiles, Classes).
 
     As find_flat_folder. Raises ConfigError if it fits the images of no folder, or of several.
@@ -105,12 +105,12 @@ def find_labelled_images(path, find_lists):
     if len(fitting) > 1:
         folders = ", ".join(folder for _, folder, *_ in fitting)
         raise ConfigError(
-            f"{path} has labels of the images of several folders: {folders}; give one"
+            f"{path} has labels of the images of several folders: {folders}; give one of them"
         )
     if not fitting:
         lines = reasons or [f"there are no images in {here} or in a folder in it"]
         raise ConfigError("\n  ".join([f"{path} is given as a list of labels:", *lines]))
-    return flat_set(*fitting[0], find_lists(fitting[0][1]))
+    return flat_set(*fitting[0], files)
 
 
 def label_files(folder):
@@ -140,9 +140,10 @@ def those_that_fit(candidates):
     return fitting, reasons
 
 
-def flat_set(path, folder, listing, labels, lists):
-    """-> (ImageFiles, Classes). Images without a label, and the reverse, are counted as left out."""
-    classes = classes_of(labels.keys, lists, f"{folder} with {os.path.basename(path)}")
+def flat_set(path, folder, listing, labels, files):
+    """-> (ImageFiles, Classes). Images without a label, and the reverse, count as left out."""
+    where = f"{folder} with {os.path.basename(path)}"
+    classes = classes_of(labels.keys, find_lists(folder, files), where)
 
     paths = []
     numbers = []
@@ -164,7 +165,7 @@ def flat_set(path, folder, listing, labels, lists):
 # ---- reading the file ----
 
 
-def read_labels(path, folder, listing: Listing):
+def read_labels(path, folder, listing):
     """The labels, in a file, of the images in a folder -> Labels. Raises Unfit.
 
     Raises ConfigError for labels that would be wrong without a word: those of the devkit without

@@ -18,7 +18,14 @@ from typing import NamedTuple
 import config as configs
 from config import ConfigError, or_exit
 from ingest.class_folders import find_class_folders, find_objectnet
-from ingest.class_names import CLASS_NAMES, choose_templates, find_beside, find_lists, read_lines
+from ingest.class_names import (
+    CLASS_NAMES,
+    Files,
+    choose_templates,
+    find_beside,
+    find_lists,
+    read_lines,
+)
 from ingest.classes import NO_CLASSES, Classes
 from ingest.folders import extension_of, files_below, list_folder, no_shards
 from ingest.index import load_index
@@ -62,17 +69,6 @@ class EvaluationSet(NamedTuple):
     templates: list
 
 
-class Files(NamedTuple):
-    """Files that the user gives by hand for one set, "" for none."""
-
-    names: str
-    templates: str
-
-    def lists(self, folder):
-        """-> ingest.class_names.Lists of a set in this folder."""
-        return find_lists(folder, self.names, self.templates)
-
-
 def find_set(name, patterns, c, progress=lambda where: None):
     """Find a set and what it is -> EvaluationSet. Prints a line that says what was found.
 
@@ -98,25 +94,23 @@ def find_set(name, patterns, c, progress=lambda where: None):
     path = local_path(patterns)
     progress(f"looking at {where}")
     if path:
-        source, classes, lists = find_at(path, files, c, load_shards)
+        source, classes = find_at(path, files, c, load_shards)
     else:
-        source, classes, lists = find_shards(patterns, files, c, load_shards)
+        source, classes = find_shards(patterns, files, c, load_shards)
 
     if isinstance(source, ImageFiles):
         check_share(where, source, c.allow_left_out, "images or their list")
         if source.left_out:
             print(f"left out of {where}: {summary(source.left_out)}", file=sys.stderr)
 
-    templates, origin = choose_templates(lists, classes.is_imagenet)
-    found = EvaluationSet(name, where, source, classes.names, templates)
-    print(describe(found, origin), flush=True)
+    found = EvaluationSet(name, where, source, classes.names, classes.templates)
+    print(describe(found, classes.templates_from), flush=True)
     return found
 
 
 def file_for(name, option):
     """The file that config.eval_names or eval_templates gives for the set `name`, "" for none."""
-    path = option.get(name, "") if isinstance(option, dict) else option
-    return os.path.expanduser(path)
+    return option.get(name, "") if isinstance(option, dict) else option
 
 
 def local_path(patterns):
@@ -147,17 +141,17 @@ def name_of(patterns):
     return "set"
 
 
-def describe(found, origin=""):
-    """An EvaluationSet -> one line: what it is, and how much. origin: of its templates."""
+def describe(found, templates_from=""):
+    """An EvaluationSet -> one line: what it is, and how much."""
     source = found.source
     parts = [source.description, f"{source.num_samples:,} images"]
     if isinstance(source, ImageFiles) and source.texts:
         parts.append(f"{sum(map(len, source.texts)):,} captions")
     if found.names:
         number = len(found.templates)
-        templates = f"{number:,} template{'s' if number > 1 else ''}"
+        origin = f" ({templates_from})" if templates_from else ""
         parts.append(f"{len(found.names):,} classes")
-        parts.append(templates + (f" ({origin})" if origin else ""))
+        parts.append(f"{number:,} template{'s' if number > 1 else ''}{origin}")
     return f"{found.name}: {', '.join(parts)}"
 
 
@@ -165,7 +159,7 @@ def describe(found, origin=""):
 
 
 def find_at(path, files, c, load_shards):
-    """A folder or file -> (source, Classes, Lists). Raises ConfigError if it is no set."""
+    """A folder or file -> (source, Classes). Raises ConfigError if it is no set."""
     if os.path.isfile(path):
         return find_in_file(path, files, c, load_shards)
 
@@ -174,20 +168,21 @@ def find_at(path, files, c, load_shards):
         pattern = benchmark_shards(benchmark)
         return find_shards((pattern,), files, c, load_shards, is_benchmark=True)
 
-    objectnet = find_objectnet(path, files.lists)
+    objectnet = find_objectnet(path, files)
     if objectnet:
-        return *objectnet, files.lists(path)
+        return objectnet
 
-    splits = karpathy_files(path)
-    if len(splits) > 1:
-        raise ConfigError(f"{path} holds several sets of captions: give one of {', '.join(splits)}")
-    if splits:
-        return find_karpathy(splits[0], c.allow_left_out), NO_CLASSES, files.lists(path)
+    listing = list_folder(path)
+    captions = karpathy_files(path, listing)
+    if len(captions) > 1:
+        raise ConfigError(f"{path} holds several sets: give one of {', '.join(captions)}")
+    if captions:
+        return find_karpathy(captions[0], c.allow_left_out), NO_CLASSES
 
-    if any(extension_of(name) == "tar" for name in list_folder(path).others):
+    if any(extension_of(name) == "tar" for name in listing.others):
         pattern = os.path.join(glob.escape(path), "*.tar")
         return find_shards((pattern,), files, c, load_shards)
-    return find_images(path, files)
+    return find_images(path, listing, files)
 
 
 def find_in_file(path, files, c, load_shards):
@@ -196,36 +191,35 @@ def find_in_file(path, files, c, load_shards):
     if extension == "tar":
         return find_shards((path,), files, c, load_shards)
     if extension == "json":
-        return find_karpathy(path, c.allow_left_out), NO_CLASSES, files.lists(os.path.dirname(path))
+        return find_karpathy(path, c.allow_left_out), NO_CLASSES
     if extension in LABEL_FILES:
-        return *find_labelled_images(path, files.lists), files.lists(os.path.dirname(path))
+        return find_labelled_images(path, files)
     raise ConfigError(
         f"{path} is no evaluation set: expected is a folder, a .tar, a .json of Karpathy's splits, "
         "or a .csv, .tsv or .txt with the labels of images"
     )
 
 
-def find_images(path, files):
-    """As find_at, of a folder that holds images, in a folder per class or flat."""
-    lists = files.lists(path)
-    found = find_class_folders(path, lists) or find_flat_folder(path, files.lists)
+def find_images(path, listing, files):
+    """As find_at, of a folder that may hold images, in a folder per class or flat."""
+    found = find_class_folders(path, listing, files) or find_flat_folder(path, listing, files)
     if found:
-        return *found, lists
+        return found
 
-    # A folder of images beside their list, as in TinyImageNet's val.
-    inside = [os.path.join(path, name) for name in list_folder(path).folders]
-    with_images = [folder for folder in inside if list_folder(folder).images]
-    if with_images:
-        return *find_flat_folder(with_images[0], files.lists), lists
+    # One folder of images beside their list, as in TinyImageNet's val.
+    for name in listing.folders:
+        folder = os.path.join(path, name)
+        found = find_flat_folder(folder, list_folder(folder), files)
+        if found:
+            return found
 
     if any(file.endswith(".tar") for file in files_below(path)):
         raise ConfigError(no_shards(path))
-    raise ConfigError(f"{path} holds no evaluation set, but {contents_of(path)}; {EXPECTED}")
+    raise ConfigError(f"{path} holds no evaluation set, but {contents_of(listing)}; {EXPECTED}")
 
 
-def contents_of(path):
+def contents_of(listing):
     """What is in a folder, for a message: "3 folders, 12 txt"."""
-    listing = list_folder(path)
     counts = Counter()
     if listing.folders:
         counts["folders"] = len(listing.folders)
@@ -237,7 +231,7 @@ def contents_of(path):
 
 
 def find_shards(patterns, files, c, load_shards, is_benchmark=False):
-    """Patterns of tar shards -> (source, Classes, Lists).
+    """Patterns of tar shards -> (source, Classes).
 
     is_benchmark: the shards are those of a CLIP_benchmark folder, which must have class names
     unless it is for retrieval. Raises ConfigError for a set with several classes per image.
@@ -249,7 +243,7 @@ def find_shards(patterns, files, c, load_shards, is_benchmark=False):
             f"{folder}: {DATASET_TYPE} says multilabel: sets with several classes per image are "
             "not evaluated here; CLIP_benchmark can do that on an export"
         )
-    lists = files.lists(folder)
+    lists = find_lists(folder, files)
     if is_benchmark and kind != "retrieval" and not lists.names:
         raise ConfigError(
             f"{folder}: a CLIP_benchmark folder without {DATASET_TYPE} is for zero-shot "
@@ -260,8 +254,8 @@ def find_shards(patterns, files, c, load_shards, is_benchmark=False):
         print(f"{lists.templates_path} is not used: there are no class names", flush=True)
 
     source = TarSamples(load_shards(patterns), c.caption_key)
-    labels = {str(number): number for number in range(len(lists.names))}
-    return source, Classes("KEY.cls", labels, lists.names, is_imagenet=False), lists
+    classes = Classes("KEY.cls", {}, lists.names, *choose_templates(lists))
+    return source, classes
 
 
 def dataset_type(folder):
@@ -291,8 +285,8 @@ def benchmark_shards(folder):
     missing = [name for name in shards if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         raise ConfigError(
-            f"{folder}: {NUM_SHARDS} says {number:,} shards, of which {len(missing):,} are missing, "
-            f"{missing[0]} for example: fetch them"
+            f"{folder}: {NUM_SHARDS} says {number:,} shards, of which {len(missing):,} are "
+            f"missing, {missing[0]} for example: fetch them"
         )
     return os.path.join(glob.escape(folder), f"{{0..{number - 1}}}.tar")
 

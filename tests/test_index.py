@@ -23,8 +23,8 @@ import helpers
 from config import ConfigError, or_exit
 from conftest import ROOT
 from ingest import index, urls
-from ingest.counting import count_samples
 from ingest.class_names import find_lists
+from ingest.counting import count_samples
 from ingest.images import BadSample
 from ingest.index import load_index
 from ingest.reader import Reader
