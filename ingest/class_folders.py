@@ -28,9 +28,11 @@ def find_class_folders(root, top, files):
     deeper, for a class without images, and what find_lists and classes_of raise.
     """
     inside = {name: list_folder(os.path.join(root, name)) for name in top.folders}
-    check_depth(root, inside)
-
     with_images = [name for name, content in inside.items() if content.images or content.unread]
+    if top.images and not with_images:
+        return None  # a flat folder, and something else in it
+
+    check_depth(root, inside)
     if len(with_images) < 2:
         return None
 

@@ -17,7 +17,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from config import ConfigError
-from ingest.class_names import CLASS_NAMES, TEMPLATES, find_lists, read_lines
+from ingest.class_names import CLASS_NAMES, TEMPLATES, find_lists, imagenet_ids, read_lines
 from ingest.classes import NUMBER, WORDNET_ID, classes_of
 from ingest.folders import extension_of, list_folder
 from ingest.images import IMAGES, OTHER_IMAGES
@@ -166,11 +166,7 @@ def flat_set(path, folder, listing, labels, files):
 
 
 def read_labels(path, folder, listing):
-    """The labels, in a file, of the images in a folder -> Labels. Raises Unfit.
-
-    Raises ConfigError for labels that would be wrong without a word: those of the devkit without
-    meta.mat, and two of one image.
-    """
+    """The labels, in a file, of the images in a folder -> Labels. Raises Unfit."""
     if os.path.getsize(path) > MAX_BYTES:
         raise Unfit("it is too large for a list of labels")
     try:
@@ -185,7 +181,7 @@ def read_labels(path, folder, listing):
     are_numbers = all(NUMBER.fullmatch(word) for word in words)
     if are_ids or are_numbers:
         return labels_in_order(path, words, listing, are_numbers)
-    return labels_by_name(path, rows_of(lines), folder, listing)
+    return labels_by_name(rows_of(lines), folder, listing)
 
 
 def labels_in_order(path, words, listing, are_numbers):
@@ -198,15 +194,17 @@ def labels_in_order(path, words, listing, are_numbers):
     if are_numbers and os.path.basename(path) == GROUND_TRUTH:
         words = wordnet_ids_of_devkit(path, words)
     elif are_numbers and 0 not in map(int, words):
-        raise ConfigError(
-            f"{path} holds numbers without a 0: classes are counted from 0, in ImageNet's order. "
+        raise Unfit(
+            "it holds numbers without a 0: classes are counted from 0, in ImageNet's order. "
             "Numbers from 1 are likely to be the devkit's, in an order of its own: name such a "
             f"file {GROUND_TRUTH}, with {META_MAT} beside it, or write FILE LABEL per line"
         )
+    elif len(words) == 1000 and words == imagenet_ids():
+        raise Unfit("it is the list of ImageNet's classes")
     return Labels(dict(zip(images, words)), [], set(words))
 
 
-def labels_by_name(path, rows, folder, listing):
+def labels_by_name(rows, folder, listing):
     """Rows of FILE and LABEL -> Labels."""
     names = names_of_images(listing)
     of_image = {}
@@ -228,9 +226,7 @@ def labels_by_name(path, rows, folder, listing):
         if not name:
             unused.append(row[0])
         elif of_image.setdefault(name, label) != label:
-            raise ConfigError(
-                f"{path}: {name} has two labels, {of_image[name]!r} and {label!r}: one is expected"
-            )
+            raise Unfit(f"{name} has two labels in it, {of_image[name]!r} and {label!r}")
 
     if not of_image:
         raise Unfit(f"it names none of the images; its first line has {rows[0][0][:60]!r}")
@@ -238,10 +234,13 @@ def labels_by_name(path, rows, folder, listing):
 
 
 def rows_of(lines):
-    """Lines of a table -> lists of cells."""
+    """Lines of a table -> lists of cells. Raises Unfit."""
     for separator in ("\t", ",", ";"):
         if separator in lines[0]:
-            return list(csv.reader(lines, delimiter=separator))
+            try:
+                return list(csv.reader(lines, delimiter=separator))
+            except csv.Error as error:
+                raise Unfit(f"it is no table: {error}") from error
     return [line.split(None, 1) for line in lines]
 
 
@@ -294,8 +293,7 @@ def image_extension(name):
 def wordnet_ids_of_devkit(path, numbers):
     """The devkit's numbers from 1, list of str -> list of WordNet ids, by its meta.mat.
 
-    Raises ConfigError if there is no meta.mat, if scipy is not installed, or if a number is not in
-    it.
+    Raises Unfit if there is no meta.mat, if scipy is not installed, or if a number is not in it.
     """
     here = os.path.dirname(os.path.abspath(path))
     above = os.path.dirname(here)
@@ -303,8 +301,8 @@ def wordnet_ids_of_devkit(path, numbers):
     found = [os.path.join(place, META_MAT) for place in places]
     found = [meta for meta in found if os.path.isfile(meta)]
     if not found:
-        raise ConfigError(
-            f"{path} holds the devkit's numbers, whose order is not ImageNet's usual one: put the "
+        raise Unfit(
+            "it holds the devkit's numbers, whose order is not ImageNet's usual one: put the "
             f"devkit's {META_MAT}, which says what they mean, beside it (looked for in "
             f"{', '.join(places)})"
         )
@@ -312,19 +310,19 @@ def wordnet_ids_of_devkit(path, numbers):
     id_of = read_meta(found[0])
     unknown = sorted(set(numbers) - set(id_of))
     if unknown:
-        raise ConfigError(f"{path}: {found[0]} has no class of the number {unknown[0]}")
+        raise Unfit(f"{found[0]} has no class of the number {unknown[0]}")
     return [id_of[number] for number in numbers]
 
 
 def read_meta(path):
-    """The devkit's meta.mat -> {number as str: WordNet id}."""
+    """The devkit's meta.mat -> {number as str: WordNet id}. Raises Unfit."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ConfigError(f"{path} can only be read with scipy: pip install scipy") from error
+        raise Unfit(f"{path} can only be read with scipy: pip install scipy") from error
 
     try:
         synsets = loadmat(path, simplify_cells=True)["synsets"]
         return {str(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
     except Exception as error:  # loadmat raises errors of many kinds
-        raise ConfigError(f"{path} is not the devkit's {META_MAT}: {error}") from error
+        raise Unfit(f"{path} is not the devkit's {META_MAT}: {error}") from error

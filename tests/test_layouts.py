@@ -413,6 +413,8 @@ def test_lists_that_do_not_fit_say_why(tmp_path):
     write(folder, "empty.csv")
     write(folder, "binary.txt", content=b"\xff\xfe\xfa")
     write_list(folder.parent / "train.csv", ["train/a.jpg,0"])
+    write_list(folder / "long.csv", ["a.jpg,cat", "b.jpg," + "x" * 200_000])
+    write(folder, "notes/draft/c.jpg")
     refused(
         folder,
         "other.txt, for the images in",
@@ -421,6 +423,7 @@ def test_lists_that_do_not_fit_say_why(tmp_path):
         "its line 2 is not FILE LABEL: 'Thanks'",
         "it is empty",
         "it is no text in UTF-8",
+        "it is no table: field larger than",
         "train.csv",
     )
     refused(folder / "three.txt", "is given as a list of labels", "it has 3 lines of one label")
@@ -432,7 +435,18 @@ def test_lists_that_do_not_fit_say_why(tmp_path):
     assert find(folder.parent / "good.csv").names == ["cat", "dog"]
 
     write_list(folder.parent / "good.csv", ["a.jpg,cat", "b.jpg,dog", "a.jpg,dog"])
-    refused(folder.parent / "good.csv", "a.jpg has two labels, 'cat' and 'dog'")
+    refused(folder.parent / "good.csv", "a.jpg has two labels in it, 'cat' and 'dog'")
+
+
+def test_lists_that_would_give_wrong_labels_do_not_fit(tmp_path):
+    folder = write(tmp_path / "two", "a.jpg", "a.png")
+    write_list(folder / "val.txt", ["a cat", "a.png dog"])
+    refused(folder, "2 of 3 samples", "1 jpg without a label", "1 image not on the disk")
+
+    # One label per line, in the order of the images? It is a list of classes.
+    folder = write(tmp_path / "set", *[f"{number:04}.jpg" for number in range(1000)])
+    write_list(folder / "synsets.txt", imagenet_ids())
+    refused(folder, "it is the list of ImageNet's classes")
 
 
 def test_one_folder_of_images_beside_its_list(tmp_path):
@@ -510,6 +524,9 @@ def test_coco_has_two_folders_of_images(tmp_path):
         "images/val2014/1.jpg": ["val"],
         "extra/2.jpg": ["moved"],
     }
+
+    os.remove(tmp_path / "coco" / "images" / "val2014" / "1.jpg")
+    refused(tmp_path / "coco", "1.jpg is in none of", "1 of 3 samples")
 
 
 def test_captions_that_cannot_be_used(tmp_path):
