@@ -440,7 +440,7 @@ def test_lists_that_do_not_fit_say_why(tmp_path):
 
 def test_lists_that_would_give_wrong_labels_do_not_fit(tmp_path):
     folder = write(tmp_path / "two", "a.jpg", "a.png")
-    write_list(folder / "val.txt", ["a cat", "a.png dog"])
+    write_list(folder / "val.txt", ["a.png dog", "a cat"])
     refused(folder, "2 of 3 samples", "1 jpg without a label", "1 image not on the disk")
 
     # One label per line, in the order of the images? It is a list of classes.
