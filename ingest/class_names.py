@@ -1,14 +1,18 @@
 """The names of classes, and the prompts in which they stand.
 
-Two text files, in UTF-8, may lie beside a set or in the folder above it:
+They are given by hand (config.eval_names, config.eval_templates), or in two text files, in UTF-8,
+beside a set or in the folder above it:
 
     classnames.txt                              the name of one class per line
     zeroshot_classification_templates.txt       one prompt per line; {c} or {} stands for the name
+
+For ImageNet's classes there are also those of open_clip, if it is installed.
 """
 
 import os
 import sys
 from collections import Counter
+from typing import NamedTuple
 
 from config import ConfigError
 
@@ -18,22 +22,60 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATES = ["a photo of a {c}"]
 
 
-def class_list(folder):
-    """-> (class names, prompt templates), lists of str, from the files beside the shards.
+class Files(NamedTuple):
+    """Files that the user gives by hand for a set; "" for none."""
 
-    Both files are looked for in the folder of the first shard, then in the folder above it.
-    Without classnames.txt there are no names; without a file of templates there is one default
-    template. Prints a line if a name occurs twice, or if there are templates only. Raises
-    ConfigError for an empty line between the names, and for a template without a place for them.
+    names: str
+    templates: str
+
+
+NO_FILES = Files(names="", templates="")
+
+
+class Lists(NamedTuple):
+    """What the user's files say about a set's classes.
+
+    names           list of str, empty if there is no such file
+    names_path      the file of the names, "" if there is none
+    templates       list of str with {c} in each, empty if there is no such file
+    templates_path  the file of the templates, "" if there is none
     """
-    names_path = find_beside(folder, CLASS_NAMES)
-    names = read_class_names(names_path) if names_path else []
 
-    templates_path = find_beside(folder, TEMPLATES)
+    names: list
+    names_path: str
+    templates: list
+    templates_path: str
+
+
+def find_lists(folder, files=NO_FILES):
+    """The lists for a set in a folder -> Lists.
+
+    files: given by hand, they come before those beside the set. Prints a line if a name occurs
+    twice. Raises ConfigError for a file that cannot be read, for an empty line between the names,
+    and for a template without a place for them.
+    """
+    names_path = os.path.expanduser(files.names) or find_beside(folder, CLASS_NAMES)
+    templates_path = os.path.expanduser(files.templates) or find_beside(folder, TEMPLATES)
+    names = read_class_names(names_path) if names_path else []
     templates = read_templates(templates_path) if templates_path else []
-    if templates and not names:
-        print(f"{templates_path} is not used: there is no {CLASS_NAMES} beside it", flush=True)
-    return names, templates or DEFAULT_TEMPLATES
+    return Lists(names, names_path, templates, templates_path)
+
+
+def choose_templates(lists, is_imagenet=False):
+    """-> (templates, where they come from, "" for the default one).
+
+    is_imagenet: without a file, take ImageNet's, if open_clip is installed.
+    """
+    if lists.templates:
+        return lists.templates, os.path.basename(lists.templates_path)
+    if is_imagenet:
+        templates = imagenet_templates()
+        if templates:
+            return templates, "open_clip"
+    return DEFAULT_TEMPLATES, ""
+
+
+# ---- files ----
 
 
 def find_beside(folder, name):
@@ -48,6 +90,8 @@ def find_beside(folder, name):
 def read_class_names(path):
     """-> list of str. An empty line would shift the numbers of all later classes: ConfigError."""
     names = read_lines(path)
+    if not names:
+        raise ConfigError(f"{path} is empty: it must hold the name of one class per line")
     for number, name in enumerate(names, 1):
         if not name.strip():
             raise ConfigError(f"{path}, line {number} is empty: line n names class n - 1")
@@ -64,7 +108,7 @@ def read_class_names(path):
 
 
 def read_templates(path):
-    """-> list of str with {c} in each. ConfigError for one without {c} or {}."""
+    """-> list of str with {c} in each. ConfigError for one without {c} or {}, or if none."""
     templates = []
     for number, line in enumerate(read_lines(path), 1):
         template = line.replace("{}", "{c}")
@@ -75,6 +119,8 @@ def read_templates(path):
             )
         if template.strip():
             templates.append(template)
+    if not templates:
+        raise ConfigError(f"{path} is empty: it must hold one prompt per line, with {{c}}")
     return templates
 
 
@@ -89,3 +135,53 @@ def read_lines(path):
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
+
+
+# ---- ImageNet ----
+
+
+def imagenet_ids():
+    """-> the WordNet ids of ImageNet's 1,000 classes in their order, as n01440764."""
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo().label_names()
+
+
+def imagenet_names(numbers, lists, where):
+    """The names of some of ImageNet's classes -> list of str.
+
+    numbers: which of the 1,000. where: the set, for the message. The user's list may name these
+    classes or all 1,000. Raises ConfigError if it names another number of classes and, if there is
+    no list, without open_clip.
+    """
+    if len(lists.names) == len(numbers):
+        return lists.names
+
+    names = lists.names or open_clip_names(where)
+    if len(names) != 1000:
+        raise ConfigError(
+            f"{lists.names_path} has {len(names):,} lines, but {where} has {len(numbers):,} "
+            "classes of ImageNet's 1,000: give one line for each of these classes, or 1,000, in "
+            "ImageNet's order"
+        )
+    return [names[number] for number in numbers]
+
+
+def open_clip_names(where):
+    try:
+        from open_clip import IMAGENET_CLASSNAMES
+    except ImportError as error:
+        raise ConfigError(
+            f"{where} has classes of ImageNet, whose names are in open_clip, which is not "
+            "installed: pip install open_clip_torch, or give a file with --eval_names=FILE"
+        ) from error
+    return list(IMAGENET_CLASSNAMES)
+
+
+def imagenet_templates():
+    """-> open_clip's prompts for ImageNet, with {c}; empty if it is not installed."""
+    try:
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+    except ImportError:
+        return []
+    return [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]

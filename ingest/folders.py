@@ -1,16 +1,82 @@
-"""What is in a folder that was given in place of shards: the message that says what to do."""
+"""What is in a folder: its images and folders; what to do if shards were expected there."""
 
 import os
 import shlex
 from collections import Counter
 from itertools import islice
+from typing import NamedTuple
 
+from config import ConfigError
 from ingest.images import IMAGES, OTHER_IMAGES
 
 MAX_FILES = 10_000  # so many are looked at: the folder may be large, and far away
 
 # What some call a file with a caption.
 OTHER_CAPTIONS = {"caption", "cap", "text"}
+
+
+# ---- listing ----
+
+
+class Listing(NamedTuple):
+    """The names of what is in a folder, each list sorted. Hidden files and folders are left out.
+
+    images      files that can be read
+    unread      images of a kind that is not read
+    others      all other files
+    folders     folders, and links to folders
+    """
+
+    images: list
+    unread: list
+    others: list
+    folders: list
+
+
+def list_folder(path):
+    """-> Listing of a folder. Raises ConfigError if the folder cannot be read."""
+    listing = Listing([], [], [], [])
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                add_entry(listing, entry)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    for names in listing:
+        names.sort()
+    return listing
+
+
+def add_entry(listing, entry):
+    if entry.name.startswith("."):
+        return
+    if entry.is_dir():
+        listing.folders.append(entry.name)
+        return
+
+    extension = extension_of(entry.name)
+    if extension in IMAGES:
+        listing.images.append(entry.name)
+    elif extension in OTHER_IMAGES:
+        listing.unread.append(entry.name)
+    else:
+        listing.others.append(entry.name)
+
+
+def extension_of(name):
+    """The extension of a file's name, in lower case and without the dot."""
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def some(names, count=3):
+    """The first names of a list, for a message: "a, b, c, ..."."""
+    names = list(names)
+    dots = ", ..." if len(names) > count else ""
+    return ", ".join(names[:count]) + dots
+
+
+# ---- a folder in place of shards ----
 
 
 def pack_command(folder):
@@ -53,9 +119,8 @@ def no_shards(folder):
     if len(places) == 1:
         return message
     return message + (
-        f"; if the {len(places)} folders are classes, for eval_data: a sample needs KEY.cls, the "
-        "number of its class counted from 0, and their names stand in classnames.txt beside the "
-        "tar; docs/data.md has the lines of Python that pack such folders"
+        f"; if the {len(places)} folders are classes: eval_data takes such a folder as it is "
+        "(docs/evaluating.md)"
     )
 
 

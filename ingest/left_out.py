@@ -1,4 +1,4 @@
-"""What looks like a sample in a shard and is none: counted by extension and reason.
+"""What looks like a sample in a set and is none: counted by extension and reason.
 
 Counts are kept as {"EXTENSION REASON": number}, as in {"jpg without caption": 3}. A group of files
 of one key looks like a sample if it has an image of any kind, or a file that would be a caption
@@ -24,6 +24,10 @@ ONLY_JSON = "with KEY.json but without KEY.txt"
 ONLY_TXT = "with KEY.txt but without KEY.json"
 OTHER_NAME = "with KEY.caption, KEY.cap or KEY.text, but without KEY.txt"
 DOTS = "with a dot in the name"
+MULTILABEL = "with KEY.npy but without KEY.cls"
+NOT_THERE = "not on the disk"
+NO_LABEL = "without a label"
+NO_CLASS_FOLDER = "outside of the class folders"
 REMEDIES = {
     NOT_READ: f"convert them to one of {', '.join(sorted(IMAGES))}",
     NO_CAPTION: (
@@ -35,6 +39,10 @@ REMEDIES = {
     ONLY_TXT: "leave caption_key out",
     OTHER_NAME: "rename these to KEY.txt",
     DOTS: "a key ends at the first dot, so rename the files",
+    MULTILABEL: "several classes of one image (multilabel) are not evaluated here",
+    NOT_THERE: "fetch them, or take them out of the list",
+    NO_LABEL: "add them to the list of labels",
+    NO_CLASS_FOLDER: "move each into the folder of its class",
 }
 
 # So many keys of a shard are remembered, at most, and only their hashes: a stranger's shard may
@@ -88,6 +96,8 @@ class LeftOut:
         """Why a group with images is not usable."""
         if images.isdisjoint(IMAGES):
             return NOT_READ
+        if "npy" in extensions and "cls" in self.kinds:
+            return MULTILABEL
         if "json" in extensions and "json" not in self.kinds:
             return ONLY_JSON
         if "txt" in extensions and "txt" not in self.kinds:
@@ -143,24 +153,26 @@ def with_remedies(counts):
     return lines
 
 
-def check_share(patterns, index, allowed):
+def check_share(where, samples, allowed, what="shards"):
     """ConfigError if more than the share `allowed` of what looks like samples is left out, or all.
 
-    patterns: where the shards of the index are, for the message.
+    samples: an Index or a source of samples, with num_samples and left_out. where they are, and
+    what must be mended, are for the message.
     """
-    number = index.left_out.total()
-    total = number + index.num_samples
-    if not index.num_samples:
-        raise ConfigError(f"{patterns}: no usable sample in {len(index.shards)} shards")
+    number = samples.left_out.total()
+    total = number + samples.num_samples
+    if not samples.num_samples:
+        reasons = with_remedies(samples.left_out)
+        raise ConfigError("\n  ".join([f"{where}: no usable sample in these {what}", *reasons]))
     share = number / total
     if share <= allowed:
         return
 
     lines = [
-        f"{patterns}: {number:,} of {total:,} samples ({share:.1%}) would be left out, more than "
+        f"{where}: {number:,} of {total:,} samples ({share:.1%}) would be left out, more than "
         f"allow_left_out = {allowed:g}:",
-        *with_remedies(index.left_out),
+        *with_remedies(samples.left_out),
     ]
     enough = math.ceil(100 * share) / 100
-    lines.append(f"mend the shards, or go on without these: --allow_left_out={enough:g}")
+    lines.append(f"mend the {what}, or go on without these: --allow_left_out={enough:g}")
     raise ConfigError("\n  ".join(lines))

@@ -23,7 +23,7 @@ import helpers
 from config import ConfigError, or_exit
 from conftest import ROOT
 from ingest import index, urls
-from ingest.class_names import class_list
+from ingest.class_names import find_lists
 from ingest.counting import count_samples
 from ingest.images import BadSample
 from ingest.index import load_index
@@ -318,7 +318,7 @@ def test_shards_without_usable_samples(tmp_path):
         caption_key="texts",
         evaluation=True,
     )
-    refused(write_tar(tmp_path / "nothing.tar", []), "no usable sample in 1 shards")
+    refused(write_tar(tmp_path / "nothing.tar", []), "no usable sample in these shards")
 
 
 # ---- the command line ----
@@ -499,7 +499,7 @@ def write_files(folder, *names):
         ),
         (
             ["n01/0.JPEG", "n02/1.JPEG"],
-            "if the 2 folders are classes, for eval_data: a sample needs",
+            "if the 2 folders are classes: eval_data takes such a folder as it is",
         ),
         (["0.jpg"], "write a caption KEY.txt beside each KEY.jpg"),
         (["0.jpg", "0.caption"], "rename the captions to KEY.txt, then pack it, `tar"),
@@ -571,8 +571,8 @@ def test_shards_of_a_folder_of_classes(tmp_path, monkeypatch):
         (folder / f"{number}.with.dots.JPG").write_bytes(picture(3 * number, "jpg"))
 
     exec(python_in_docs("classnames.txt"), {})
-    names, _ = class_list(str(tmp_path / "data" / "val"))
-    assert names == ["n0", "n1"]
+    lists = find_lists(str(tmp_path / "data" / "val"))
+    assert lists.names == ["n0", "n1"]
     loaded = load_index("data/val/*.tar", evaluation=True)
     reader = Reader(loaded)
     labels = [reader.read(i)["cls"] for i in range(loaded.num_samples)]

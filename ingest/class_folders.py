@@ -1,0 +1,145 @@
+"""Evaluation sets with a folder per class, and ObjectNet, whose folders belong to mappings."""
+
+import json
+import os
+from collections import Counter
+
+from config import ConfigError
+from ingest.class_names import choose_templates, find_lists
+from ingest.classes import Classes, classes_of, numbered
+from ingest.folders import extension_of, list_folder, some
+from ingest.left_out import NO_CLASS_FOLDER, NOT_READ
+from ingest.sources import ImageFiles
+
+# ObjectNet's pictures have a red border, so that nobody trains on them by mistake.
+OBJECTNET_BORDER = 2  # pixels on each side
+
+FOLDER_TO_LABEL = "folder_to_objectnet_label.json"
+LABEL_TO_IMAGENET = "objectnet_to_imagenet_1k.json"
+
+
+# ---- a folder per class ----
+
+
+def find_class_folders(root, top, files):
+    """ROOT/CLASS/IMAGE -> (ImageFiles, Classes); None if fewer than two folders hold images.
+
+    top: Listing of ROOT. files: ingest.class_names.Files. Raises ConfigError for images that lie
+    deeper, for a class without images, and what find_lists and classes_of raise.
+    """
+    inside = {name: list_folder(os.path.join(root, name)) for name in top.folders}
+    with_images = [name for name, content in inside.items() if content.images or content.unread]
+    if top.images and not with_images:
+        return None  # a flat folder, and something else in it
+
+    check_depth(root, inside)
+    if len(with_images) < 2:
+        return None
+
+    classes = classes_of(set(inside), find_lists(root, files), root)
+    source = images_of_classes(root, inside, classes)
+    source.left_out.update(f"{extension_of(name)} {NO_CLASS_FOLDER}" for name in top.images)
+    return source, classes
+
+
+def images_of_classes(root, inside, classes):
+    """{folder of a class: its Listing} -> ImageFiles. ConfigError if a class has no image."""
+    empty = [name for name, content in inside.items() if not content.images]
+    if empty:
+        raise ConfigError(
+            f"{root}: {len(empty):,} of its {len(inside):,} class folders hold no image that can "
+            f"be read: {some(empty)}; fetch the images, or take these folders away"
+        )
+
+    paths = []
+    labels = []
+    left_out = Counter()
+    for name, content in inside.items():
+        paths += [os.path.join(name, image) for image in content.images]
+        labels += [classes.labels[name]] * len(content.images)
+        left_out.update(f"{extension_of(image)} {NOT_READ}" for image in content.unread)
+
+    description = f"folder per class ({classes.kind})"
+    return ImageFiles(root, paths, description, labels=labels, left_out=left_out)
+
+
+def check_depth(root, inside):
+    """ConfigError if a folder in a folder of ROOT holds images. inside: {folder: its Listing}."""
+    for name, content in inside.items():
+        for deeper in content.folders:
+            path = os.path.join(root, name, deeper)
+            images = list_folder(path).images
+            if not images:
+                continue
+
+            example = os.path.join(name, deeper, images[0])
+            advice = "give one of its folders"
+            for likely in ("val", "test", "validation"):
+                if likely in inside:
+                    advice = f"give {os.path.join(root, likely)}"
+                    break
+            raise ConfigError(
+                f"{root}: images lie two folders deep, as {example}, where FOLDER/CLASS/IMAGE is "
+                f"expected: {advice}"
+            )
+
+
+# ---- ObjectNet ----
+
+
+def find_objectnet(path, files):
+    """ObjectNet's folder, or images/ in it -> (ImageFiles, Classes); None if it is another set.
+
+    files: ingest.class_names.Files. The classes are those 113 of its 313 that ImageNet has, too;
+    the other folders are no part of the set. Raises ConfigError for mappings that cannot be read,
+    for class folders that are not there, and what find_lists raises.
+    """
+    root = path
+    if os.path.basename(os.path.abspath(path)) == "images":
+        root = os.path.dirname(os.path.abspath(path))
+    images = os.path.join(root, "images")
+    mappings = os.path.join(root, "mappings")
+    is_objectnet = os.path.isdir(images) and os.path.isfile(os.path.join(mappings, FOLDER_TO_LABEL))
+    if not is_objectnet:
+        return None
+
+    label_of = read_mapping(os.path.join(mappings, FOLDER_TO_LABEL))
+    in_imagenet = read_mapping(os.path.join(mappings, LABEL_TO_IMAGENET))
+    folders = sorted(folder for folder, label in label_of.items() if label in in_imagenet)
+
+    missing = [name for name in folders if not os.path.isdir(os.path.join(images, name))]
+    if missing or not folders:
+        raise ConfigError(
+            f"{images}: {len(missing):,} of the {len(folders):,} folders that {mappings} names are "
+            f"missing: {some(missing)}; unpack all parts of ObjectNet"
+        )
+
+    names = [label_of[folder].lower() for folder in folders]
+    lists = find_lists(root, files)
+    if lists.names:
+        names = lists.names
+    if len(names) != len(folders):
+        raise ConfigError(
+            f"{lists.names_path} has {len(names):,} lines, but ObjectNet shares {len(folders):,} "
+            "classes with ImageNet: give one line for each, in the sorted order of their folders"
+        )
+
+    templates = choose_templates(lists, is_imagenet=True)
+    classes = Classes("ObjectNet's", numbered(folders), names, *templates)
+    inside = {name: list_folder(os.path.join(images, name)) for name in folders}
+    source = images_of_classes(images, inside, classes)
+    source.description = f"ObjectNet, its border of {OBJECTNET_BORDER} pixels cut off"
+    source.border = OBJECTNET_BORDER
+    return source, classes
+
+
+def read_mapping(path):
+    """A JSON file -> {str: str}. Raises ConfigError if it is something else."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            mapping = json.load(f)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path} must hold a JSON object, a name for each name")
+    return mapping
