@@ -628,7 +628,7 @@ def test_why_there_is_no_zero_shot_classification_is_said(tmp_path, capsys):
     (tmp_path / "a" / "zeroshot_classification_templates.txt").write_text("a {c}")
     evaluate(with_class, str(tmp_path / "run"))
     out = capsys.readouterr().out
-    assert "templates.txt is not used: there is no classnames.txt" in out
+    assert "templates.txt is not used: there are no class names" in out
     assert "no classnames.txt beside the shards" in out
 
     (tmp_path / "a" / "classnames.txt").write_text("red")
