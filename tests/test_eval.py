@@ -177,18 +177,55 @@ def test_five_captions_as_lines_and_as_json_give_the_same_retrieval(tmp_path):
         assert os.path.getsize(tmp_path / out_dir / "retrieval.png") > 1000
 
 
-def test_more_ranks_than_samples_give_the_same_retrieval(tmp_path):
+def write_each_layout(root):
+    """The same 13 pictures in each layout of classes, and two with captions -> {name: place}."""
     generator = torch.Generator().manual_seed(3)
+    names = sorted(shapes.CLASSES[:5])
     files = []
-    for n, text in ((0, b"a red square\na square"), (1, b"a red bar")):
-        files.append((f"{n}.png", png_of_class(n, generator)))
-        files.append((f"{n}.txt", text))
-    pattern = write_tar(tmp_path / "0.tar", files)
+    lines = []
+    for n in range(13):
+        png = png_of_class(n % 5, generator)
+        label = shapes.CLASSES[n % 5]
+        for path in (root / "folders" / label / f"{n:02d}.png", root / "flat" / f"{n:02d}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png)
+        lines.append(f"{n:02d}.png\t{label}")
+        files += [(f"{n:02d}.png", png), (f"{n:02d}.cls", str(names.index(label)).encode())]
+    (root / "flat" / "labels.tsv").write_text("\n".join(lines))
 
-    alone = evaluate(pattern, str(tmp_path / "alone"))
-    assert alone["image_to_text_R@5"] == alone["text_to_image_R@5"] == 1.0
-    assert run_ranks(4, evaluate, pattern, str(tmp_path / "four")) == [alone] * 4
-    assert written(tmp_path / "four") == written(tmp_path / "alone")
+    (root / "tars" / "test").mkdir(parents=True)
+    write_tar(root / "tars" / "test" / "0.tar", files)
+    (root / "tars" / "test" / "nshards.txt").write_text("1")
+    (root / "tars" / "classnames.txt").write_text("\n".join(names))
+
+    captioned = []
+    for n in range(2):
+        sentences = [{"raw": f"{word} {n}"} for word in ("a", "the", "one", "some", "this")]
+        captioned.append({"filename": f"{n:02d}.png", "split": "test", "sentences": sentences})
+    (root / "flat" / "dataset_made.json").write_text(json.dumps({"images": captioned}))
+    return {
+        "folders": str(root / "folders"),
+        "flat": str(root / "flat" / "labels.tsv"),
+        "tars": str(root / "tars"),
+        "captions": str(root / "flat" / "dataset_made.json"),
+    }
+
+
+def test_one_two_and_four_ranks_give_the_same_results_on_every_layout(tmp_path):
+    """Also with more ranks than images, and captions that do not divide among the ranks."""
+    places = write_each_layout(tmp_path / "sets")
+    alone = evaluate_all(repr(places), str(tmp_path / "alone"), eval_batch=4)
+    folders, flat, tars, captions = alone
+    assert folders["images"] == flat["images"] == 13
+    assert measures(folders) == measures(flat) == measures(tars)
+    assert captions["texts"] == 10
+
+    for world_size in (2, 4):
+        out_dir = str(tmp_path / str(world_size))
+        found = run_ranks(world_size, evaluate_all, repr(places), out_dir)
+        assert found == [alone] * world_size
+        with open(os.path.join(out_dir, "eval.json")) as f:
+            assert json.load(f)["sets"] == alone
 
 
 # ---- several sets ----
