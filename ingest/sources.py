@@ -105,24 +105,30 @@ class ImageFiles:
         return self
 
     def read(self, position):
-        """-> RawSample. Raises BadSample if there is no such file, ShardError if it is unreadable.
+        """-> RawSample. Raises BadSample if there is no such file, or it may not be read.
 
-        A file that is too large is read as None, as in a tar.
+        Raises ShardError if the disk fails. A file that is too large is read as None, as in a tar.
         """
         path = os.path.join(self.root, self.paths[position])
-        try:
-            with open(path, "rb") as f:
-                content = f.read(MAX_IMAGE_BYTES + 1)
-        except FileNotFoundError as error:
-            raise BadSample("no such file") from error
-        except OSError as error:
-            raise ShardError(f"{path} cannot be read: {error.strerror or error}") from error
-
-        if len(content) > MAX_IMAGE_BYTES:
-            content = None
+        content = read_plain_file(path)
         extension = os.path.splitext(path)[1][1:].lower()
         return RawSample(
             files={extension: content},
             captions=self.texts[position] if self.texts else [],
             label=self.labels[position] if self.labels else None,
         )
+
+
+def read_plain_file(path):
+    """A file's bytes, or None if it is larger than an image may be. Raises as ImageFiles.read."""
+    try:
+        if not os.path.isfile(path):
+            # A pipe of this name would never end.
+            raise BadSample("no such file")
+        with open(path, "rb") as f:
+            content = f.read(MAX_IMAGE_BYTES + 1)
+    except PermissionError as error:
+        raise BadSample("file may not be read") from error
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror or error}") from error
+    return content if len(content) <= MAX_IMAGE_BYTES else None

@@ -633,3 +633,20 @@ def test_the_command_shows_what_is_there(as_folders, tmp_path, capfd):
     assert "class 3: d, 3 images" in capfd.readouterr().out
     with pytest.raises(SystemExit, match="error: .* matches no file"):
         config.or_exit(layouts.main, [str(tmp_path / "nothing")])
+
+
+def test_files_that_change_after_they_were_found(tmp_path):
+    """A file that is gone, one that became a pipe, one that is cut off: left out and counted."""
+    folder = tmp_path / "set"
+    for number in range(6):
+        write(folder / "ab"[number % 2], f"{number}.jpg", content=picture(number, "jpg"))
+    found = find(folder)
+    os.remove(folder / "a" / "0.jpg")
+    os.remove(folder / "a" / "2.jpg")
+    os.mkfifo(folder / "a" / "2.jpg")
+    (folder / "b" / "1.jpg").write_bytes(picture(1, "jpg")[:100])
+
+    (batch,) = read_samples(found.source, 24, workers=0)
+    assert batch.bad == {"no such file": 2, "corrupt image": 1}
+    assert [number_of(image) for image in batch.images] == [4, 3, 5]
+    assert batch.labels == [0, 1, 1]
