@@ -566,6 +566,10 @@ def load_config(folder, argv):
     for word in argv[1:]:
         if not word.startswith("--"):
             raise ConfigError(f"unexpected word {word!r}: after the folder come only --key=value")
+        if word.partition("=")[0] == "--eval_data":
+            # The lists belong to the sets of the training.
+            saved["eval_names"] = ""
+            saved["eval_templates"] = ""
 
     c = configs.load(argv[1:], saved)
     if not c.eval_data:
@@ -601,7 +605,7 @@ def main(argv):
     found = evaluate(model, sets, c, device, autocast, folder)
     if dist.rank() == 0:
         print(folder)
-        print("\n".join(results.table(found)))
+        print("\n".join([*results.table(found), *results.other_sizes(found)]))
         print(f"  {c.out_dir}/eval.json, and a picture of each set beside it")
     dist.barrier()  # a rank that ended earlier could break a collective of the others
 
