@@ -1,6 +1,7 @@
 """What users run beside training: `python -m tools.NAME`.
 
     prepare    build a small real data set, such as the emoji set of `make quickstart`
+    probe      what frozen image features are worth: a linear probe and k-NN
     imports    draw which file of the project imports which, for docs/
 
 Not here: the method. Nothing in the project imports this folder, except its tests.
