@@ -91,9 +91,9 @@ class Fit(NamedTuple):
 
 
 def find_sets(places, c, holds_out):
-    """Find the sets -> {"train", "test", maybe "val": EvaluationSet}.
+    """Find the sets -> {role: EvaluationSet}. The roles are "train", "test" and maybe "val".
 
-    places: {the same names: place}, places as in --eval_data. holds_out: whether a part of the
+    places: {role: place}, each as --eval_data would be given. holds_out: whether a part of the
     training set is held out.
 
     What can be checked before the images are encoded is checked here. Raises what find_set raises,
@@ -176,7 +176,10 @@ def check_all_have_class(data, labels):
 
 
 def check_labels(sets, labels, holds_out):
-    """ConfigError if sets with these labels, {role: list}, cannot be probed. Others: find_sets."""
+    """ConfigError if sets of which the images have these classes cannot be probed.
+
+    labels: {role: list of int or None}. holds_out: whether a part of the training set is held out.
+    """
     for role, data in sets.items():
         check_all_have_class(data, labels[role])
 
