@@ -89,6 +89,22 @@ def test_the_validation_set_chooses_C_and_is_fitted_in_the_end():
     assert both["acc1"] == 1.0
 
 
+def test_features_that_are_nearly_alike_are_fitted_to_the_end(one_thread):
+    """Classes differ in small entries, beside a large one in common and some that say nothing."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(5).repeat(60)
+    common = torch.ones(300, 1)
+    nothing = 0.01 * torch.randn(300, 10, generator=generator)
+    telling = torch.eye(5)[labels] + 0.2 * torch.randn(300, 5, generator=generator)
+    features = torch.cat([common, nothing, 0.0003 * telling], dim=1)
+    features = torch.nn.functional.normalize(features, dim=1)
+
+    train_set = Split(features[:200], labels[:200])
+    test = Split(features[200:], labels[200:])
+    found = probe.linear_probe({"train": train_set, "test": test}, C=1e6)
+    assert found["acc1"] > 0.85
+
+
 @pytest.mark.parametrize("peak, tried", [(3, 15), (-19, 15), (48, 11)])
 def test_the_search_for_C_ends_at_the_best_eighth_of_a_decade(monkeypatch, peak, tried):
     """Of accuracies with one peak. At the edge of the range it has only one side to go to."""
