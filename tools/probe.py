@@ -555,13 +555,15 @@ def draw(content, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    if content["linear_probe"]["search"]:
-        draw_search(left, content["linear_probe"])
-    else:
-        left.set_visible(False)
-    draw_test(right, content)
-    for axis in (left, right):
+    was_searched = bool(content["linear_probe"]["search"])
+    panels = 2 if was_searched else 1
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5.5 * panels, 4), squeeze=False, layout="constrained"
+    )
+    if was_searched:
+        draw_search(axes[0, 0], content["linear_probe"])
+    draw_test(axes[0, -1], content)
+    for axis in axes.flat:
         axis.set_ylabel("top-1 accuracy, %")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110, format="png")
