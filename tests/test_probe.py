@@ -218,7 +218,7 @@ def test_a_run_is_probed_from_its_shards_to_the_picture(tmp_path, run, sets, cap
 def made_set(where, labels, names=()):
     paths = [f"{n}.png" for n in range(len(labels))]
     source = ImageFiles("made", paths, "images", labels=labels)
-    return EvaluationSet(where, where, source, list(names), ["{c}"])
+    return EvaluationSet(where, where, source, list(names), ["{c}"], is_named=False)
 
 
 @pytest.mark.parametrize(
