@@ -30,6 +30,7 @@ import dist
 import model as models
 from config import ConfigError
 from ingest.evaluation import check_class_numbers, load_sets, read_images, read_samples
+from ingest.left_out import summary
 from ingest.tokenizer import Tokenizer
 from runtime import checkpoint, hardware, plots, ranks, results
 
@@ -123,7 +124,7 @@ def evaluate_set(data, encoder):
     """Evaluate on one EvaluationSet -> (its result, EncodedImages, Queries for the picture)."""
     images = encoder.images(data)
     if images.bad:
-        say(f"left out of {data.where}: {images.bad}")
+        say(f"left out of {data.where}: {summary(Counter(images.bad))}")
 
     measures = {}
     queries = None  # what the picture shows: class names or, without classes, captions
@@ -150,7 +151,7 @@ def evaluate_set(data, encoder):
             "(KEY.txt, or set caption_key)"
         )
 
-    return result_of(data, images, queries, measures), images, queries
+    return result_of(data, images, measures), images, queries
 
 
 def say(line):
@@ -365,8 +366,8 @@ def nearest(queries, targets, k):
 def zero_shot(images, prompts, labels):
     """Accuracy of taking each image for the class with the nearest prompt feature.
 
-    images (n, d), prompts (number of classes, d), labels int64 (n,) -> top-1 and top-5 accuracy,
-    and the mean over the classes that occur of their top-1 accuracy.
+    images (n, d), prompts (number of classes, d), labels int64 (n,) -> top-1 accuracy, top-5
+    with five classes or more, and the mean over the classes that occur of their top-1 accuracy.
     """
     guesses = nearest(images, prompts, 5)  # (n, 5)
     hit = guesses == labels[:, None]  # (n, 5)
@@ -375,11 +376,11 @@ def zero_shot(images, prompts, labels):
     right = torch.zeros(len(prompts), device=images.device).index_add_(0, labels, first_hit)
     count = torch.bincount(labels, minlength=len(prompts))
     occurs = count > 0
-    return {
-        "zeroshot_top1": first_hit.mean().item(),
-        "zeroshot_top5": hit.any(1).float().mean().item(),
-        "zeroshot_mean_per_class": (right[occurs] / count[occurs]).mean().item(),
-    }
+    measures = {"zeroshot_top1": first_hit.mean().item()}
+    if len(prompts) >= 5:
+        measures["zeroshot_top5"] = hit.any(1).float().mean().item()
+    measures["zeroshot_mean_per_class"] = (right[occurs] / count[occurs]).mean().item()
+    return measures
 
 
 def retrieval(images, texts, relevant):
@@ -461,20 +462,22 @@ def pixels_at(wanted, data, encoder):
     return everyones
 
 
-def result_of(data, images, queries, measures):
+def result_of(data, images, measures):
     """-> the result of a set: how much of it was used and left out, and the measures."""
     classified = "zeroshot_top1" in measures
-    return {
+    result = {
         "name": data.name,
         "eval_data": data.where,
         "found": data.source.description,
         "images": len(images.positions),
-        "texts": len(queries.texts),
+        "captions": sum(map(len, images.captions)),
         "classes": len(data.names) if classified else 0,
         "templates": len(data.templates) if classified else 0,
         "left_out": {**data.source.left_out, **images.bad},
         **measures,
     }
+    result["notes"] = results.notes_on(result)
+    return result
 
 
 def write_files(found, pictures, c, checkpoint_name):
@@ -602,10 +605,11 @@ def main(argv):
     checkpoint.load_model(folder, model, c)
 
     autocast = hardware.autocast(hardware.precision(c.precision, device), device)
-    found = evaluate(model, sets, c, device, autocast, folder)
+    name = results.checkpoint_name(folder)
+    found = evaluate(model, sets, c, device, autocast, name)
     if dist.rank() == 0:
         print(folder)
-        print("\n".join([*results.table(found), *results.other_sizes(found)]))
+        print("\n".join(results.table(found)))
         print(f"  {c.out_dir}/eval.json, and a picture of each set beside it")
     dist.barrier()  # a rank that ended earlier could break a collective of the others
 

@@ -20,7 +20,7 @@ from ingest.index import (
     warn_of_repeated_shards,
     warn_of_shared_shards,
 )
-from runtime import checkpoint, hardware
+from runtime import checkpoint, hardware, results
 from runtime.log import Log, check_packages
 from runtime.ranks import Interrupted, Vote, from_first_rank
 from runtime.watchdog import LEAVING, Watchdog, end_with_torchrun
@@ -283,32 +283,33 @@ class Job:
         self.progress(f"step {step}, evaluating")
         try:
             with self.log.pause():
-                results = self.results_of_evaluation(step)
+                found = self.results_of_evaluation(step)
         except Interrupted:
             self.evaluation_left = True
             self.leaving = True
             if self.saved_step != step:
                 self.save(step)
             return
-        self.log.evaluation(step, results)
+        self.log.evaluation(step, found)
 
     def results_of_evaluation(self, step):
         t = self.t
         is_last = step == t.total_steps
+        name = results.checkpoint_name(checkpoint.folder_of(self.config, step))
         # Eager, because its batches differ from training's: not worth graphs of their own.
         with torch.compiler.set_stance("force_eager"), dist.averaged_batchnorm(t.model):
-            results = self.evaluate(
+            found = self.evaluate(
                 t.model,
                 self.evaluation_sets,
                 self.config,
                 self.device,
                 t.autocast,
-                checkpoint_name=checkpoint.folder_of(self.config, step) if is_last else "",
+                checkpoint_name=name if is_last else "",
                 progress=self.progress,
                 stop=self.was_signalled,
             )
         t.model.train()
-        return results
+        return found
 
     def was_signalled(self):
         return bool(self.signals.received)

@@ -427,6 +427,8 @@ class Log:
         if dist.rank() == 0:
             for line in evaluation_lines(measures):
                 tqdm.write(f"step {step}  {line}")
+            for line in results.note_lines(found):
+                tqdm.write(line)
 
     def has_evaluation(self, step):
         """On rank 0: whether the evaluation after this step is in metrics.jsonl."""

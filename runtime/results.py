@@ -7,8 +7,9 @@
 The result of a set is a dict of
 
     name                                        of the set
-    images, texts, classes, templates           how many were used
+    images, captions, classes, templates        how many were used
     left_out                                    {reason: number of samples}
+    notes                                       sentences on why it may not be what it seems
     zeroshot_top1, _top5, _mean_per_class       shares, 0 to 1, if it has classes
     image_to_text_R@1, R@5, R@10                shares, if it has captions
     text_to_image_R@1, R@5, R@10                shares, if it has captions
@@ -31,6 +32,7 @@ class Task(NamedTuple):
     key: str  # DataComp's name of the task
     dataset: str  # the name in its tables
     images: int  # in the set
+    classes: int  # 0 for retrieval
     metric: str  # the one that it scores
     names: tuple = ()  # what else people call the set
 
@@ -39,45 +41,47 @@ class Task(NamedTuple):
 # its associations, iWildCam an F1 score, FMoW, Dollar Street and GeoDE the groups of their images.
 # fmt: off
 TASKS = (
-    Task("imagenet1k", "ImageNet 1k", 50_000, "acc1",
+    Task("imagenet1k", "ImageNet 1k", 50_000, 1000, "acc1",
          ("imagenet", "imagenet_val", "imagenet1k_val", "imagenet1k-unverified", "in1k",
           "ilsvrc2012", "ilsvrc2012_val")),
-    Task("imagenet_sketch", "ImageNet Sketch", 50_889, "acc1", ("in-sketch", "sketch")),
-    Task("imagenetv2", "ImageNet v2", 10_000, "acc1",
+    Task("imagenet_sketch", "ImageNet Sketch", 50_889, 1000, "acc1", ("in-sketch", "sketch")),
+    Task("imagenetv2", "ImageNet v2", 10_000, 1000, "acc1",
          ("in-v2", "imagenetv2-matched-frequency", "imagenetv2-matched-frequency-format-val")),
-    Task("imagenet-a", "ImageNet-A", 7_500, "acc1", ("in-a",)),
-    Task("imagenet-o", "ImageNet-O", 2_000, "acc1", ("in-o",)),
-    Task("imagenet-r", "ImageNet-R", 30_000, "acc1", ("in-r",)),
-    Task("objectnet", "ObjectNet", 18_574, "acc1", ("objectnet-1.0",)),
+    Task("imagenet-a", "ImageNet-A", 7_500, 200, "acc1", ("in-a",)),
+    Task("imagenet-o", "ImageNet-O", 2_000, 200, "acc1", ("in-o",)),
+    Task("imagenet-r", "ImageNet-R", 30_000, 200, "acc1", ("in-r",)),
+    Task("objectnet", "ObjectNet", 18_574, 113, "acc1", ("objectnet-1.0",)),
 
-    Task("vtab/caltech101", "Caltech-101", 6_085, "mean_per_class_recall"),
-    Task("cifar10", "CIFAR-10", 10_000, "acc1"),
-    Task("vtab/cifar100", "CIFAR-100", 10_000, "acc1"),
-    Task("vtab/clevr_count_all", "CLEVR Counts", 15_000, "acc1"),
-    Task("vtab/clevr_closest_object_distance", "CLEVR Distance", 15_000, "acc1"),
-    Task("country211", "Country211", 21_100, "acc1"),
-    Task("vtab/dtd", "Describable Textures", 1_880, "acc1"),
-    Task("vtab/eurosat", "EuroSAT", 5_400, "acc1"),
-    Task("fgvc_aircraft", "FGVC Aircraft", 3_333, "mean_per_class_recall", ("aircraft",)),
-    Task("food101", "Food-101", 25_250, "acc1"),
-    Task("gtsrb", "GTSRB", 12_630, "acc1"),
-    Task("vtab/kitti_closest_vehicle_distance", "KITTI Vehicle Distance", 711, "acc1", ("kitti",)),
-    Task("mnist", "MNIST", 10_000, "acc1"),
-    Task("vtab/flowers", "Oxford Flowers-102", 6_149, "mean_per_class_recall", ("flowers102",)),
-    Task("vtab/pets", "Oxford-IIIT Pet", 3_669, "mean_per_class_recall", ("oxford_pets",)),
-    Task("voc2007", "Pascal VOC 2007", 14_976, "acc1"),
-    Task("vtab/pcam", "PatchCamelyon", 32_768, "acc1"),
-    Task("renderedsst2", "Rendered SST2", 1_821, "acc1", ("sst2",)),
-    Task("vtab/resisc45", "RESISC45", 6_300, "acc1"),
-    Task("cars", "Stanford Cars", 8_041, "acc1"),
-    Task("stl10", "STL-10", 8_000, "acc1"),
-    Task("sun397", "SUN397", 108_754, "acc1"),
-    Task("vtab/svhn", "SVHN", 26_032, "acc1"),
-    Task("wilds/camelyon17", "Camelyon17", 85_054, "acc1"),
+    Task("vtab/caltech101", "Caltech-101", 6_085, 102, "mean_per_class_recall"),
+    Task("cifar10", "CIFAR-10", 10_000, 10, "acc1"),
+    Task("vtab/cifar100", "CIFAR-100", 10_000, 100, "acc1"),
+    Task("vtab/clevr_count_all", "CLEVR Counts", 15_000, 8, "acc1"),
+    Task("vtab/clevr_closest_object_distance", "CLEVR Distance", 15_000, 6, "acc1"),
+    Task("country211", "Country211", 21_100, 211, "acc1"),
+    Task("vtab/dtd", "Describable Textures", 1_880, 47, "acc1"),
+    Task("vtab/eurosat", "EuroSAT", 5_400, 10, "acc1"),
+    Task("fgvc_aircraft", "FGVC Aircraft", 3_333, 100, "mean_per_class_recall", ("aircraft",)),
+    Task("food101", "Food-101", 25_250, 101, "acc1"),
+    Task("gtsrb", "GTSRB", 12_630, 43, "acc1"),
+    Task("vtab/kitti_closest_vehicle_distance", "KITTI Vehicle Distance", 711, 4, "acc1",
+         ("kitti",)),
+    Task("mnist", "MNIST", 10_000, 10, "acc1"),
+    Task("vtab/flowers", "Oxford Flowers-102", 6_149, 102, "mean_per_class_recall",
+         ("flowers102",)),
+    Task("vtab/pets", "Oxford-IIIT Pet", 3_669, 37, "mean_per_class_recall", ("oxford_pets",)),
+    Task("voc2007", "Pascal VOC 2007", 14_976, 20, "acc1"),
+    Task("vtab/pcam", "PatchCamelyon", 32_768, 2, "acc1"),
+    Task("renderedsst2", "Rendered SST2", 1_821, 2, "acc1", ("sst2",)),
+    Task("vtab/resisc45", "RESISC45", 6_300, 45, "acc1"),
+    Task("cars", "Stanford Cars", 8_041, 196, "acc1"),
+    Task("stl10", "STL-10", 8_000, 10, "acc1"),
+    Task("sun397", "SUN397", 108_754, 397, "acc1"),
+    Task("vtab/svhn", "SVHN", 26_032, 10, "acc1"),
+    Task("wilds/camelyon17", "Camelyon17", 85_054, 2, "acc1"),
 
-    Task("retrieval/flickr_1k_test_image_text_retrieval", "Flickr", 1_000, "mean_recall@1",
+    Task("retrieval/flickr_1k_test_image_text_retrieval", "Flickr", 1_000, 0, "mean_recall@1",
          ("flickr30k", "flickr30k_karpathy", "flickr_1k")),
-    Task("retrieval/mscoco_2014_5k_test_image_text_retrieval", "MSCOCO", 5_000, "mean_recall@1",
+    Task("retrieval/mscoco_2014_5k_test_image_text_retrieval", "MSCOCO", 5_000, 0, "mean_recall@1",
          ("mscoco_captions", "coco", "coco_captions", "coco_karpathy", "coco_5k", "mscoco_5k")),
 )
 # fmt: on
@@ -134,31 +138,47 @@ def find_task(name):
     return None
 
 
-def other_sizes(sets):
-    """Results of sets -> lines on those that bear the name of a known set, but have another size.
+def differences(result, task):
+    """In what a set differs from the one whose name it bears -> list of sentences."""
+    found = []
+    if abs(result["images"] - task.images) > MAX_BAD * task.images:
+        found.append(f"it has {result['images']:,} images, and {task.dataset} has {task.images:,}")
+    if "zeroshot_top1" in result and task.classes and result["classes"] != task.classes:
+        found.append(
+            f"it has {result['classes']:,} classes, and {task.dataset} has {task.classes:,}"
+        )
+    return found
 
-    Such a set may be a part of the known one, and its result is not that of the benchmark.
-    """
-    lines = []
-    for result in sets:
-        task = find_task(result["name"])
-        images = result["images"] + sum(result["left_out"].values())
-        if task and abs(images - task.images) > MAX_BAD * task.images:
-            lines.append(
-                f"note: {result['name']} has {images:,} images, but {task.dataset} has "
-                f"{task.images:,}: its result is not that of the benchmark"
-            )
-    return lines
+
+def notes_on(result):
+    """The result of a set -> sentences on why it may not be what it seems; [] if it is."""
+    notes = []
+    unused = sum(result["left_out"].values())
+    total = result["images"] + unused
+    if unused > MAX_BAD * total:
+        notes.append(f"{unused:,} of its {total:,} images could not be used")
+
+    task = find_task(result["name"])
+    if task:
+        notes += differences(result, task)
+    return notes
+
+
+def task_of(result):
+    """The Task whose set this is, by its name and its size; None if it is none."""
+    task = find_task(result["name"])
+    return None if task is None or differences(result, task) else task
 
 
 def imagenet_and_variants(sets):
     """Results of sets -> (mean top-1 of ImageNet and its six variants, names of missing sets).
 
-    The mean is a share, None if a set is missing. If a set is there twice, the last result counts.
+    The mean is a share, None if a set is missing, or has another size than the one whose name it
+    bears. If a set is there twice, the last result counts.
     """
     top1 = {}
     for result in sets:
-        task = find_task(result["name"])
+        task = task_of(result)
         if task and "zeroshot_top1" in result:
             top1[task.dataset] = result["zeroshot_top1"]
 
@@ -209,7 +229,7 @@ def table(sets):
     variants = variants_line(sets)
     if variants:
         lines += ["", f"  {variants}"]
-    return [line.rstrip() for line in lines]
+    return [line.rstrip() for line in lines + note_lines(sets)]
 
 
 def one_set(result):
@@ -217,6 +237,14 @@ def one_set(result):
     for key, _, _ in COLUMNS:
         if key in result:
             lines.append(f"  {key:<26}{percent(result[key]):>6} %")
+    return lines + note_lines([result])
+
+
+def note_lines(sets):
+    """Results of sets -> a line for each of their notes."""
+    lines = []
+    for result in sets:
+        lines += [f"  note on {result['name']}: {note}" for note in result["notes"]]
     return lines
 
 
@@ -245,11 +273,20 @@ def variants_line(sets):
 # ---- files ----
 
 
+def checkpoint_name(folder):
+    """The folder of a checkpoint -> RUN/step-00001000, the same however its path is spelt."""
+    folder = os.path.realpath(folder)
+    above = os.path.dirname(folder)
+    if os.path.basename(above) == "checkpoints":
+        above = os.path.dirname(above)
+    return f"{os.path.basename(above)}/{os.path.basename(folder)}"
+
+
 def write(folder, sets, model, checkpoint):
     """Write all files. Each is complete or as it was.
 
-    sets: their results, a list. model: its name, as in a config. checkpoint: which one it is, in
-    words or as a path; the same words mean the same weights.
+    sets: their results, a list. model: its name, as in a config. checkpoint: of checkpoint_name.
+    Earlier results of the same checkpoint on other sets stay.
 
     Raises ConfigError, after eval.json, for an old eval_results.jsonl that cannot be read, and if a
     file cannot be written.
@@ -260,9 +297,24 @@ def write(folder, sets, model, checkpoint):
 
 
 def write_eval_json(folder, sets, checkpoint):
+    path = os.path.join(folder, "eval.json")
+    by_name = {result["name"]: result for result in read_eval_json(path, checkpoint)}
+    by_name.update({result["name"]: result for result in sets})
+    sets = list(by_name.values())
+
     mean, _ = imagenet_and_variants(sets)
     content = {"checkpoint": checkpoint, "sets": sets, "imagenet_and_variants": mean}
-    write_text(os.path.join(folder, "eval.json"), json.dumps(content, indent=1))
+    write_text(path, json.dumps(content, indent=1))
+
+
+def read_eval_json(path, checkpoint):
+    """The results of sets in an eval.json; [] without one, or if it is of another checkpoint."""
+    try:
+        with open(path) as f:
+            content = json.load(f)
+        return content["sets"] if content["checkpoint"] == checkpoint else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def write_text(path, text):
@@ -280,11 +332,10 @@ def classification_metrics(result):
     """The result of a set -> its accuracies under the names of the benchmarks; {} without any."""
     if "zeroshot_top1" not in result:
         return {}
-    # Neither benchmark gives a top-5 accuracy for fewer classes. Null is read as a missing number.
-    has_top5 = result["classes"] >= 5
     return {
         "acc1": result["zeroshot_top1"],
-        "acc5": result["zeroshot_top5"] if has_top5 else None,
+        # Missing with fewer than five classes. None becomes null in the file.
+        "acc5": result.get("zeroshot_top5"),
         "mean_per_class_recall": result["zeroshot_mean_per_class"],
     }
 
@@ -339,13 +390,15 @@ def clip_benchmark_records(result, model, checkpoint):
 
 
 def file_name(record):
-    """CLIP_benchmark's own name for a file of results, without what a file system may refuse.
-
-    Of long names, such as the path of a checkpoint, it has the end.
-    """
+    """CLIP_benchmark's own name for a file of results. Of long names it has the end."""
     keys = ("dataset", "pretrained", "model", "language", "task")
     parts = [record[key][-LONGEST_PART:] for key in keys]
-    return re.sub(r"[^\w.-]+", "_", "_".join(parts)) + ".json"
+    return f"{safe('_'.join(parts))}.json"
+
+
+def safe(name):
+    """A name without what a file system may refuse."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 # ---- DataComp ----
@@ -355,35 +408,33 @@ def write_datacomp(folder, sets, checkpoint):
     """Write a line for each set that DataComp scores; without any, no file.
 
     Lines that are already there stay, so that the 38 tasks can be judged piece by piece, some of
-    them by DataComp itself. They are replaced by a new result of the same set, and removed if they
-    are of another checkpoint, because a score over two checkpoints would mean nothing.
+    them by DataComp itself. A new result of the same set replaces its line. A file with lines of
+    another checkpoint is put aside, because a score over two checkpoints would mean nothing.
     """
     new = datacomp_lines(sets, checkpoint)
     if not new:
         return
 
     path = os.path.join(folder, "eval_results.jsonl")
-    lines = {}
-    removed = []
-    for line in read_datacomp(path):
-        key = line["key"]
-        # DataComp's own lines do not name the checkpoint.
-        if line.get("checkpoint", checkpoint) == checkpoint:
-            lines[key] = line
-        elif key not in new:
-            removed.append(key)
-    lines.update(new)
+    old = read_datacomp(path)
+    # DataComp's own lines do not name the checkpoint.
+    others = {line.get("checkpoint", checkpoint) for line in old} - {checkpoint}
+    if others:
+        aside = os.path.join(folder, f"eval_results-{safe(min(others))}.jsonl")
+        print(f"{path} is of another checkpoint: it is {aside} now", flush=True)
+        os.replace(path, aside)
+        old = []
 
+    lines = {line["key"]: line for line in old}
+    lines.update(new)
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines.values()))
-    if removed:
-        print(f"removed from {path}, of another checkpoint: {', '.join(removed)}", flush=True)
 
 
 def datacomp_lines(sets, checkpoint):
     """Results of sets -> {DataComp's key: its line, a dict}, of those sets that it scores."""
     lines = {}
     for result in sets:
-        task = find_task(result["name"])
+        task = task_of(result)
         metrics = datacomp_metrics(result)
         if task and task.metric in metrics:
             lines[task.key] = {

@@ -98,7 +98,7 @@ def test_the_results_are_those_of_clip_benchmark(run, task, captions, monkeypatc
     # Counts of samples, so that no difference is lost in rounding.
     compared = 0
     for name, value in theirs.items():
-        number = ours["texts"] if "image_retrieval" in name else ours["images"]
+        number = ours["captions"] if "image_retrieval" in name else ours["images"]
         if name == "mean_per_class_recall":
             assert ours[MEASURES[name]] == pytest.approx(value, abs=1e-6)
         else:

@@ -23,7 +23,7 @@ from ingest.evaluation import load_sets, read_images, read_samples
 from ingest.index import load_index
 from ingest.sources import TarReader, TarSamples
 from ingest.tar import captions
-from runtime import plots, ranks, results
+from runtime import plots, ranks
 from runtime.ranks import Interrupted
 from samples import N, number_of, picture, sample, write_shards, write_tar
 
@@ -173,7 +173,7 @@ def test_five_captions_as_lines_and_as_json_give_the_same_retrieval(tmp_path):
     for out_dir in ("a", "b"):
         content = written(tmp_path / out_dir)
         assert content["images"] == 24
-        assert content["texts"] == 5 * 24
+        assert content["captions"] == 5 * 24
         assert os.path.getsize(tmp_path / out_dir / "retrieval.png") > 1000
 
 
@@ -218,7 +218,7 @@ def test_one_two_and_four_ranks_give_the_same_results_on_every_layout(tmp_path):
     folders, flat, tars, captions = alone
     assert folders["images"] == flat["images"] == 13
     assert measures(folders) == measures(flat) == measures(tars)
-    assert captions["texts"] == 10
+    assert captions["captions"] == 10
 
     for world_size in (2, 4):
         out_dir = str(tmp_path / str(world_size))
@@ -270,15 +270,23 @@ def test_each_named_set_has_its_results(tmp_path, sets, capsys):
     assert plots.evaluation_curves({"a": rows, "b": rows})[0].label == "a, captions"
 
 
-def test_imagenet_and_its_variants_have_a_mean(tmp_path):
+def test_sets_that_only_bear_a_name_have_no_mean(tmp_path, sets, capsys):
+    """The name of a benchmark's set, but another number of images and classes."""
     named = write_named_sets(tmp_path / "sets", 7)
-    found = evaluate_all(repr(named), str(tmp_path / "run"))
-    mean = sum(result["zeroshot_top1"] for result in found) / 7
-    row = results.measures(found, named=True)
-    assert row["imagenet_and_variants"] == pytest.approx(mean)
-    assert row["imagenet-r/zeroshot_top1"] == found[5]["zeroshot_top1"]
+    train(str(tmp_path / "run"), sets, max_steps=1, eval_data=repr(named))
+    note = "it has 29 images, and ImageNet-A has 7,500"
+    assert f"note on imagenet-a: {note}\n" in capsys.readouterr().out
+
     with open(tmp_path / "run" / "eval.json") as f:
-        assert json.load(f)["imagenet_and_variants"] == pytest.approx(mean)
+        content = json.load(f)
+    assert content["checkpoint"] == "run/step-00000001"
+    assert content["imagenet_and_variants"] is None
+    assert content["sets"][3]["notes"] == [
+        "1 of its 30 images could not be used",
+        note,
+        "it has 24 classes, and ImageNet-A has 200",
+    ]
+    assert not os.path.exists(tmp_path / "run" / "eval_results.jsonl")
 
 
 def test_classes_that_several_sets_share_are_encoded_once(tmp_path, monkeypatch):
@@ -330,7 +338,7 @@ def test_captions_that_are_the_same_are_queries_of_their_own(tmp_path):
         files.append((f"{n}.png", png_of_class(n, generator)))
         files.append((f"{n}.txt", b"a\nb\nc\nd\ne"))
     result = evaluate(write_tar(tmp_path / "0.tar", files), str(tmp_path / "run"))
-    assert result["texts"] == 10
+    assert result["captions"] == 10
     assert result["text_to_image_R@1"] == 0.5  # one of the two is nearer to each text
     assert result["text_to_image_R@5"] == 1.0
 
@@ -615,8 +623,8 @@ def test_templates_of_either_spelling_are_the_same_and_counted(tmp_path):
     results = []
     for folder, templates in (("a", ["a {c}", "the {c}."]), ("b", ["a {}", "", "the {}."])):
         pattern = write_class_list(tmp_path / folder, templates=templates)
-        results.append(evaluate(pattern, str(tmp_path / "run")))
-        content = written(tmp_path / "run")
+        results.append(evaluate(pattern, str(tmp_path / "runs" / folder)))
+        content = written(tmp_path / "runs" / folder)
         assert (content["classes"], content["templates"]) == (len(shapes.CLASSES), 2)
     assert measures(results[0]) == measures(results[1])
 

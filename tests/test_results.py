@@ -10,24 +10,31 @@ from config import ConfigError
 from runtime import results
 
 
-def classified(name, top1, classes=1000):
-    """The result of a set with classes."""
-    return dict(
+def classified(name, top1, images=None, classes=None):
+    """The result of a set with classes, by default of the size of the known set of this name."""
+    task = results.find_task(name)
+    result = dict(
         name=name,
-        images=1000,
-        texts=0,
-        classes=classes,
+        images=images or (task.images if task else 1000),
+        captions=0,
+        classes=classes or (task.classes if task else 1000),
         templates=80,
         left_out={},
+        notes=[],
         zeroshot_top1=top1,
-        zeroshot_top5=0.9,
         zeroshot_mean_per_class=0.25,
     )
+    if result["classes"] >= 5:
+        result["zeroshot_top5"] = 0.9
+    return result
 
 
 def retrieved(name):
     """The result of a set with captions, each recall another number."""
-    result = dict(name=name, images=1000, texts=5000, classes=0, templates=0, left_out={})
+    task = results.find_task(name)
+    images = task.images if task else 1000
+    result = dict(name=name, images=images, captions=5 * images, classes=0, templates=0)
+    result.update(left_out={}, notes=[])
     for k in (1, 5, 10):
         result[f"image_to_text_R@{k}"] = 0.5 + k / 100
         result[f"text_to_image_R@{k}"] = 0.3 + k / 100
@@ -97,12 +104,26 @@ def test_no_name_belongs_to_two_tasks():
     assert set(results.IN_AND_VARIANTS) <= {task.dataset for task in results.TASKS}
 
 
-def test_a_part_of_a_known_set_is_told_of():
-    whole = classified("imagenet-o", 0.5)
-    whole.update(images=1_940, left_out={"corrupt image": 50})  # of 2,000
-    part = classified("imagenet", 0.5)
-    (line,) = results.other_sizes([whole, part, classified("mine", 0.5)])
-    assert "imagenet has 1,000 images, but ImageNet 1k has 50,000" in line
+def test_a_part_of_a_known_set_is_not_taken_for_it():
+    whole = classified("imagenet-o", 0.5, images=1_985)
+    assert results.notes_on(whole) == []
+    assert results.notes_on(classified("mine", 0.5)) == []
+
+    damaged = classified("imagenet-o", 0.5, images=1_600)
+    damaged["left_out"] = {"corrupt image": 400}
+    assert results.notes_on(damaged) == [
+        "400 of its 2,000 images could not be used",
+        "it has 1,600 images, and ImageNet-O has 2,000",
+    ]
+    without_a_class = classified("imagenet", 0.5, images=49_950, classes=999)
+    (note,) = results.notes_on(without_a_class)
+    assert note == "it has 999 classes, and ImageNet 1k has 1,000"
+
+    for part in (damaged, without_a_class):
+        assert results.datacomp_lines([part], "one") == {}
+        mean, missing = results.imagenet_and_variants([*seven(), part])
+        assert mean == pytest.approx(0.4)  # that of the seven that are whole
+        assert not missing
 
 
 # ---- the mean of the seven ----
@@ -132,7 +153,7 @@ def test_the_mean_or_what_is_missing_is_printed():
 
 def test_a_table_has_a_row_per_set_and_the_columns_that_any_set_has():
     long_name = "retrieval/flickr_1k_test_image_text_retrieval"
-    both = {**retrieved("both"), **classified("both", 0.125)}
+    both = {**retrieved("both"), **classified("both", 0.125), "notes": ["it is odd"]}
     lines = results.table([classified("mine", 1.0), retrieved(long_name), both])
     assert max(len(line) for line in lines) <= 100
     assert lines[1].split() == "top-1 top-5 mean R@1 R@5 R@10 R@1 R@5 R@10".split()
@@ -140,6 +161,7 @@ def test_a_table_has_a_row_per_set_and_the_columns_that_any_set_has():
     assert lines[3].split()[1:] == ["51.0", "55.0", "60.0", "31.0", "35.0", "40.0"]
     assert lines[4].split()[:4] == ["both", "12.5", "90.0", "25.0"]
     assert lines[3].index("51.0") == lines[4].index("51.0")  # in the same column
+    assert lines[5] == "  note on both: it is odd"
 
     only_classes = results.table([classified("a", 0.5), classified("b", 0.5)])
     assert "R@1" not in "".join(only_classes)
@@ -182,6 +204,17 @@ def test_clip_benchmark_has_a_file_per_set_and_task(tmp_path):
 
     # Five classes have a top-5 accuracy.
     assert results.classification_metrics(classified("five", 0.5, classes=5))["acc5"] == 0.9
+
+
+def test_a_checkpoint_has_one_name_however_its_path_is_spelt(tmp_path, monkeypatch):
+    folder = tmp_path / "a_run" / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a_run")
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, "a_run/checkpoints/step-00000004/", "./link/checkpoints/step-00000004"):
+        assert results.checkpoint_name(path) == "a_run/step-00000004"
+    (tmp_path / "kept").mkdir()
+    assert results.checkpoint_name("kept") == f"{tmp_path.name}/kept"
 
 
 def test_clip_benchmark_builds_its_table_from_our_files(tmp_path, monkeypatch):
@@ -252,10 +285,12 @@ def test_a_datacomp_file_is_completed_piece_by_piece(tmp_path, capsys):
     assert lines["imagenet1k"]["metrics"]["acc1"] == 0.7
     assert capsys.readouterr().out == ""
 
-    # Of another checkpoint, only what DataComp has written itself can stay.
-    results.write_datacomp(str(tmp_path), [classified("mnist", 0.8)], "two")
-    assert lines_of(tmp_path).keys() == {"misc/winogavil", "mnist"}
-    assert "of another checkpoint: imagenet1k\n" in capsys.readouterr().out
+    # What is of another checkpoint is put aside.
+    results.write_datacomp(str(tmp_path), [classified("mnist", 0.8)], "a/two")
+    assert lines_of(tmp_path).keys() == {"mnist"}
+    assert "is of another checkpoint: it is" in capsys.readouterr().out
+    with open(tmp_path / "eval_results-one.jsonl") as f:
+        assert [json.loads(line) for line in f] == list(lines.values())
 
 
 @pytest.mark.parametrize("text", ['{"key": "mnist"}\n{"key', '{"dataset": "MNIST"}\n', "3\n", "\n"])
@@ -282,9 +317,22 @@ def test_eval_json_has_all_sets_and_the_mean(tmp_path):
     assert len(lines_of(tmp_path / "new")) == 7
     assert not [path for path in read_all(tmp_path) if path.suffix == ".partial"]
 
-    results.write_eval_json(str(tmp_path), seven()[1:], "one")
-    with open(tmp_path / "eval.json") as f:
-        assert json.load(f)["imagenet_and_variants"] is None
+
+def test_eval_json_is_completed_piece_by_piece(tmp_path):
+    def write(sets, checkpoint):
+        results.write_eval_json(str(tmp_path), sets, checkpoint)
+        with open(tmp_path / "eval.json") as f:
+            return json.load(f)
+
+    assert write(seven()[1:], "one")["imagenet_and_variants"] is None
+    assert write([seven()[0]], "one")["imagenet_and_variants"] == pytest.approx(0.4)
+    again = write([classified("in-a", 0.8)], "one")
+    assert [result["name"] for result in again["sets"]].count("in-a") == 1
+    assert again["imagenet_and_variants"] == pytest.approx(0.4 + 0.4 / 7)
+
+    assert len(write([classified("mine", 0.8)], "two")["sets"]) == 1
+    (tmp_path / "eval.json").write_text("{")
+    assert len(write([classified("mine", 0.8)], "two")["sets"]) == 1
 
 
 @pytest.mark.parametrize("name", ["eval.json", "_zeroshot_classification.json", "results.jsonl"])
