@@ -10,12 +10,13 @@ classes at a time, and its pass over a DataLoader, at its default batch size.
 What is timed: finding the set; all images, from the start of the data workers to the last feature;
 all texts, to the classifier. Both sides have the same number of threads and of data workers. What a
 process does once is not timed: importing, making the model and, for ours, starting the server that
-data workers are forked from. Each image is used once, so open_clip's pass includes its accuracy;
-ours is computed after the texts, and counted with them.
+data workers are forked from. open_clip computes accuracy batch by batch, which is counted with the
+images; ours computes it at the end, which is counted with the texts.
 
 Memory is that of the process that encodes, without its data workers.
 """
 
+import glob
 import os
 import tempfile
 import time
@@ -64,11 +65,14 @@ def run(args):
     with tempfile.TemporaryDirectory() as temporary:
         part = os.path.join(temporary, "part")
         made_data.make_class_folders(part, SIZE, args.part_images, args.part_classes)
-        turns = evaluate(args, part, list(SIDES), args.rounds)
-        rows = speed_rows(args, turns)
-
+        whole = args.folder or os.path.join(temporary, "whole")
         if not args.part_only:
-            rows += run_whole(args, whole_set(args, temporary))
+            make_whole(args, whole)
+
+        turns = evaluate(args, part, ["ours", "open_clip"], args.rounds)
+        rows = speed_rows(args, turns)
+        if not args.part_only:
+            rows += run_whole(args, whole)
     return rows
 
 
@@ -100,24 +104,20 @@ def check(args):
         )
 
 
-def whole_set(args, temporary):
-    """The folder of the whole set: args.folder, made if there is none, or one in `temporary`.
-
-    Raises ConfigError if args.folder holds another number of images or classes.
-    """
-    folder = args.folder or os.path.join(temporary, "whole")
+def make_whole(args, folder):
+    """Make the whole set, unless the folder is there: then ConfigError if it holds another set."""
     if not os.path.exists(folder):
         made_data.make_class_folders(folder, SIZE, args.images, args.classes)
-        return folder
+        return
 
-    dataset = ImageFolder(folder)
-    found = len(dataset), len(dataset.classes)
-    if found != (args.images, args.classes):
+    images = glob.glob(os.path.join(glob.escape(folder), "*", "*.JPEG"))
+    classes = {os.path.dirname(path) for path in images}
+    if (len(images), len(classes)) != (args.images, args.classes):
         raise ConfigError(
-            f"{folder} holds {found[0]:,} images in {found[1]:,} classes, not {args.images:,} in "
-            f"{args.classes:,}: change --images and --classes, or name a folder that is not there"
+            f"{folder} holds {len(images):,} .JPEG in {len(classes):,} classes, not "
+            f"{args.images:,} in {args.classes:,}: change --images and --classes, or name a folder "
+            "that is not there yet"
         )
-    return folder
 
 
 def evaluate(args, folder, sides, rounds):
@@ -204,12 +204,15 @@ def num_templates():
 def worker(args, side, folder):
     """One side's process: evaluates on the set in a folder and yields Times, whenever asked."""
     device = dist.init(args.device)
-    contender = SIDES[side](args, folder, device)
+    if side == "ours":
+        evaluator = Ours(args, folder, device)
+    else:
+        evaluator = OpenClip(args, folder, device)
     yield
 
     while True:
         measure.reset_peak_memory(device)
-        finding, images, texts = contender.evaluate()
+        finding, images, texts = evaluator.evaluate()
         yield Times(finding, images, texts, measure.peak_memory(device))
 
 
@@ -326,6 +329,3 @@ def accuracy(output, target, topk):
     best = output.topk(max(topk), 1, True, True)[1].t()  # (k, b)
     correct = best.eq(target.view(1, -1).expand_as(best))
     return [correct[:k].reshape(-1).float().sum().item() for k in topk]
-
-
-SIDES = {"ours": Ours, "open_clip": OpenClip}
