@@ -121,8 +121,8 @@ def random_offset(largest, generator):
     return int(torch.randint(largest + 1, (), generator=generator))
 
 
-def make_jpegs(size, count, photo_folder=""):
-    """A list of `count` different JPEGs, bytes, of quality 90, from noise or from photographs.
+def make_jpegs(size, count, photo_folder="", quality=90):
+    """A list of `count` different JPEGs, bytes, made from noise or from the photographs in a folder.
 
     Five of eight are 4:3 and the others 3:4, with a shorter side of `size` pixels.
     """
@@ -137,7 +137,7 @@ def make_jpegs(size, count, photo_folder=""):
         pictures = (photo(height, width, generator) for height, width in shapes)
     jpegs = []
     for picture in tqdm(pictures, "making JPEGs", len(shapes), leave=False):
-        jpegs.append(encode_jpeg(picture, 90).numpy().tobytes())
+        jpegs.append(encode_jpeg(picture, quality).numpy().tobytes())
     return jpegs
 
 
@@ -160,7 +160,7 @@ def shards_of(args, folder, count):
 def make_shards(folder, size, count, photo_folder="", shards=16):
     """Write `count` samples as tar shards; returns their pattern.
 
-    The JPEGs of make_jpegs, which after 512 repeat, under other names.
+    The JPEGs of make_jpegs, of quality 90. After 512 they repeat, under other names.
     """
     jpegs = make_jpegs(size, min(count, 512), photo_folder)
     lengths = caption_lengths(count).tolist()
@@ -188,6 +188,8 @@ def make_class_folders(folder, size, count, classes):
     The JPEGs of make_jpegs. After 512 they repeat, as hard links: a set of ImageNet's size takes
     some 50 MB of the disk, not gigabytes. So they are read from the page cache, as a set is that
     fits in memory, from its second evaluation on. The folder is there once it is complete.
+
+    Of quality 97, at a shorter side of 375 pixels, they have 100 kB, about as much as ImageNet's.
     """
     partial = os.path.abspath(folder) + ".partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
@@ -195,7 +197,7 @@ def make_class_folders(folder, size, count, classes):
     for wordnet_id in ids:
         os.makedirs(os.path.join(partial, wordnet_id))
 
-    jpegs = make_jpegs(size, min(count, 512))
+    jpegs = make_jpegs(size, min(count, 512), quality=97)
     paths = []
     for number in range(count):
         name = f"ILSVRC2012_val_{number + 1:08d}.JPEG"
