@@ -122,7 +122,7 @@ def random_offset(largest, generator):
 
 
 def make_jpegs(size, count, photo_folder="", quality=90):
-    """A list of `count` different JPEGs, bytes, made from noise or from the photographs in a folder.
+    """A list of `count` different JPEGs, bytes, made from noise or from the photographs given.
 
     Five of eight are 4:3 and the others 3:4, with a shorter side of `size` pixels.
     """
