@@ -244,7 +244,7 @@ def no_workers():
     return 0
 
 
-def test_both_sides_of_zeroshot_have_the_same_images_and_classes(tmp_path, monkeypatch):
+def test_both_sides_of_zeroshot_evaluate_the_same_set_and_time_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(zeroshot, "default_workers", no_workers)
     monkeypatch.setattr(zeroshot, "start_server", no_workers)
     folder = str(tmp_path / "set")
@@ -264,6 +264,13 @@ def test_both_sides_of_zeroshot_have_the_same_images_and_classes(tmp_path, monke
     for our_prompt, their_prompt in zip(found.templates, theirs.package.OPENAI_IMAGENET_TEMPLATES):
         assert our_prompt.replace("{c}", "dog") == their_prompt("dog")
     assert len(found.templates) == 80
+
+    for side in (our_side, theirs):
+        start = time.perf_counter()
+        parts = side.evaluate()
+        seconds = time.perf_counter() - start
+        assert min(parts) > 0
+        assert 0.9 * seconds < sum(parts) <= seconds, "no part is counted twice, none is left out"
 
 
 @pytest.mark.parametrize(
