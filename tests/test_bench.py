@@ -248,7 +248,7 @@ def test_both_sides_of_zeroshot_evaluate_the_same_set_and_time_all_of_it(tmp_pat
     monkeypatch.setattr(zeroshot, "default_workers", no_workers)
     monkeypatch.setattr(zeroshot, "start_server", no_workers)
     folder = str(tmp_path / "set")
-    made_data.make_class_folders(folder, 48, 530, 4)
+    made_data.make_class_folders(folder, 48, 530, 6)
     args = bench.with_defaults(bench.parse(["zeroshot", *TOY]))
     cpu = torch.device("cpu")
 
@@ -260,7 +260,7 @@ def test_both_sides_of_zeroshot_evaluate_the_same_set_and_time_all_of_it(tmp_pat
     assert list(zip(paths, found.source.labels)) == samples
     assert len(samples) == 530
 
-    assert found.names == list(theirs.package.IMAGENET_CLASSNAMES[:4])
+    assert found.names == list(theirs.package.IMAGENET_CLASSNAMES[:6])
     for our_prompt, their_prompt in zip(found.templates, theirs.package.OPENAI_IMAGENET_TEMPLATES):
         assert our_prompt.replace("{c}", "dog") == their_prompt("dog")
     assert len(found.templates) == 80
