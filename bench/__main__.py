@@ -12,8 +12,11 @@
         where a step's time goes, on --ranks processes
     python -m bench plan
         the time of a step predicted, checked against a real run, and projected over nodes
+    python -m bench zeroshot
+        images/s and texts/s of a zero-shot evaluation, and one of ImageNet's size: half an hour
     python -m bench all
-        all of it, for docs/performance.md: 22 minutes on two quiet cores; on GPUs at their sizes
+        all but zeroshot, for docs/performance.md: 22 minutes on two quiet cores; on GPUs at their
+        sizes
     python -m bench gpu
         a GPU's first half hour, in four parts: what is right, how fast a step is, and a whole run
 
@@ -56,6 +59,7 @@ from bench import (
     report,
     step,
     wire,
+    zeroshot,
 )
 from config import ConfigError
 from loss import ALGORITHMS
@@ -67,16 +71,18 @@ MODES = {
     "wire": wire.run,
     "breakdown": breakdown.run,
     "plan": plan.run,
+    "zeroshot": zeroshot.run,
 }
 
 # What a mode measures unless the command line says otherwise.
 DEFAULTS = {
     "step": dict(model="ViT-B-32", batch=32),
-    "loader": dict(batch=64),
+    "loader": dict(batch=64, images=2048),
     "loss": dict(model="ViT-B-16", batch=640),
     "wire": dict(model="ViT-B-32", batch=4),
     "breakdown": dict(model="ViT-B-32", batch=8),
     "plan": dict(model="ViT-B-32", batch=8),
+    "zeroshot": dict(model="ViT-B-32", batch=256, images=50_000),
 }
 
 # The runs of the mode `all`: (mode, what is changed in its defaults).
@@ -164,6 +170,8 @@ def parse(argv):
         raise ConfigError("--toy needs --out=FILE, since its figures are no results to keep")
     if not args.out:
         args.out = f"assets/bench_{'gpu' if on_gpu else 'cpu'}.json"
+    if args.rounds is None:
+        args.rounds = 3 if args.mode == "zeroshot" else 5
     if args.minutes is None:
         args.minutes = 8.0 if args.mode == "gpu" else 0.0
     if args.mode == "gpu" and not args.limit:
@@ -196,6 +204,7 @@ def parser():
     add_loss_options(parser.add_argument_group("loss"))
     add_rank_options(parser.add_argument_group("wire, breakdown, plan"))
     add_plan_options(parser.add_argument_group("plan"))
+    add_zeroshot_options(parser.add_argument_group("zeroshot"))
     add_job_options(parser.add_argument_group("all, gpu"))
     return parser
 
@@ -211,7 +220,12 @@ def add_common_options(parser):
         "default: made from noise",
     )
     add("--model", help="default: ViT-B-32; loss (whose step it is a share of): ViT-B-16")
-    add("--batch", type=int, help="samples of a rank in a step; loss: b")
+    add(
+        "--batch",
+        type=int,
+        help="samples of a rank in a step; loss: b; zeroshot: ours, default 256",
+    )
+    add("--images", type=int, help="loader: in a turn, default 2048; zeroshot: in all, 50000")
     add(
         "--numbers",
         type=model_numbers,
@@ -222,7 +236,7 @@ def add_common_options(parser):
     add("--precision", choices=precisions, help="default: bf16 on a GPU, fp32 on a CPU")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--algorithm", default="fastclip-v3", choices=list(ALGORITHMS), help="step, plan")
-    add("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
+    add("--rounds", type=int, help="turns of each side (default: 5; zeroshot: 3)")
     add(
         "--limit",
         type=float,
@@ -256,14 +270,18 @@ def add_loader_options(group):
 
     add = group.add_argument
     add("--size", type=int, default=256, help="shorter side of made pictures, pixels")
-    add("--images", type=int, default=2048, help="images in a turn")
     add(
         "--decoders",
         nargs="+",
         default=decoders,
         help="ours with each of these (default: those that are installed)",
     )
-    add("--workers", type=int, default=0, help="0 is one core and no other process")
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        help="0 is one core and no other process; zeroshot: as many as eval.py takes",
+    )
 
 
 def add_loss_options(group):
@@ -314,6 +332,30 @@ def add_plan_options(group):
     )
     add("--links", type=int, nargs="+", default=[100, 200, 400], help="Gbit/s of a node")
     add("--alpha", type=float, default=10.0, help="latency of a message, microseconds")
+
+
+def add_zeroshot_options(group):
+    add = group.add_argument
+    add("--classes", type=int, default=1000, help="of the whole set (default: %(default)s)")
+    add(
+        "--part_images",
+        type=int,
+        default=1024,
+        help="of the small set that is evaluated by turns (default: %(default)s)",
+    )
+    add(
+        "--part_classes",
+        type=int,
+        default=10,
+        help="of that set, with 80 prompts each (default: %(default)s)",
+    )
+    add("--part_only", action="store_true", help="leave out the whole set")
+    add("--whole_peer", action="store_true", help="open_clip evaluates the whole set, too")
+    add(
+        "--folder",
+        default="",
+        help="of the whole set; made there if there is none, and kept (default: a temporary one)",
+    )
 
 
 def add_job_options(group):

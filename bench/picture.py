@@ -1,4 +1,4 @@
-"""All rows of a results file as one picture of eight panels, one function each.
+"""All rows of a results file as one picture of nine panels, one function each.
 
 A panel is given its axis and the rows of its mode; without rows it stays empty.
 """
@@ -26,15 +26,16 @@ def draw(rows, path):
         by_mode[row["mode"]].append(row)
     projected = [row for row in by_mode["plan"] if "nodes" in row]
 
-    figure, axes = plt.subplots(2, 4, figsize=(19, 8.5), layout="constrained")
+    figure, axes = plt.subplots(3, 3, figsize=(15, 12.5), layout="constrained")
     step_speed(axes[0, 0], by_mode["step"])
     step_memory(axes[0, 1], by_mode["step"])
     loader_speed(axes[0, 2], by_mode["loader"])
-    loss_time(axes[0, 3], by_mode["loss"])
-    loss_memory(axes[1, 0], by_mode["loss"])
-    bytes_sent(axes[1, 1], by_mode["wire"])
-    step_parts(axes[1, 2], by_mode["breakdown"])
-    projection(axes[1, 3], projected)
+    loss_time(axes[1, 0], by_mode["loss"])
+    loss_memory(axes[1, 1], by_mode["loss"])
+    bytes_sent(axes[1, 2], by_mode["wire"])
+    step_parts(axes[2, 0], by_mode["breakdown"])
+    projection(axes[2, 1], projected)
+    zero_shot_speed(axes[2, 2], by_mode["zeroshot"])
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
@@ -124,6 +125,15 @@ def step_parts(axis, rows):
     legend(axis, "upper right")
 
 
+def zero_shot_speed(axis, rows):
+    """Of the evaluations by turns."""
+    rows = [row for row in rows if row["unit"] != "s"]
+    drawn = grouped_bars(axis, rows, zero_shot_group, [row["median"] for row in rows])
+    label_ratios(axis, drawn)
+    axis.set(title="zero-shot evaluation", ylabel="images/s, texts/s")
+    legend(axis)
+
+
 def projection(axis, rows):
     """Efficiency over the number of nodes: a colour for each side, a style for each link."""
     sides = distinct(row["side"] for row in rows)
@@ -209,6 +219,11 @@ def loader_group(row):
     lines = settings["source"].split(" ", 1)
     lines.append(f"{settings['workers']} workers" if settings["workers"] else "one core")
     return "\n".join(lines)
+
+
+def zero_shot_group(row):
+    kind = row["unit"].removesuffix("/s")
+    return f"{row['settings']['model']}\n{kind}"
 
 
 def side_and_wire(row):

@@ -27,9 +27,11 @@ from bench import (
     picture,
     report,
     step,
+    zeroshot,
 )
 from config import ConfigError
 from conftest import ROOT
+from ingest.evaluation import load_sets
 from ingest.index import load_index
 from loss import ALGORITHMS
 from runtime.plan import traffic
@@ -205,6 +207,87 @@ def test_plan(tmp_path):
         assert bf16 <= fp32 <= open_clip
 
 
+SMALL_SETS = ("--images=40", "--classes=6", "--part_images=12", "--part_classes=5")
+
+
+def test_zeroshot(tmp_path, in_this_process, monkeypatch):
+    monkeypatch.setattr(zeroshot, "default_workers", no_workers)
+    monkeypatch.setattr(zeroshot, "SIZE", 48)
+    folder = tmp_path / "whole"
+    words = (*SMALL_SETS, "--whole_peer", f"--folder={folder}")
+    rows = run(tmp_path, "zeroshot", *words)
+    assert [(row["side"], row["unit"]) for row in rows] == [
+        ("ours", "images/s"),
+        ("open_clip", "images/s"),
+        ("ours", "texts/s"),
+        ("open_clip", "texts/s"),
+        ("ours", "s"),
+        ("open_clip", "s"),
+    ]
+    assert [row["ratio"] for row in rows[1::2]] == [1, 1, 1]
+    assert rows[2]["settings"]["classes"] == 5
+    assert rows[2]["settings"]["templates"] == 80
+
+    whole = rows[4]
+    assert whole["settings"]["images"] == 40
+    parts = whole["finding_seconds"], whole["image_seconds"], whole["text_seconds"]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(whole["median"])
+    assert whole["peak_bytes"] > 1e8
+
+    args = bench.parse(["zeroshot", "--images=41", *SMALL_SETS[1:]])
+    with pytest.raises(ConfigError, match="holds 40 .JPEG in 6 classes, not 41 in 6"):
+        zeroshot.make_whole(args, str(folder))
+
+
+def no_workers():
+    return 0
+
+
+def test_both_sides_of_zeroshot_evaluate_the_same_set_and_time_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(zeroshot, "default_workers", no_workers)
+    monkeypatch.setattr(zeroshot, "start_server", no_workers)
+    folder = str(tmp_path / "set")
+    made_data.make_class_folders(folder, 48, 530, 6)
+    args = bench.with_defaults(bench.parse(["zeroshot", *TOY]))
+    cpu = torch.device("cpu")
+
+    our_side = zeroshot.Ours(args, folder, cpu)
+    (found,) = load_sets(our_side.config)
+    theirs = zeroshot.OpenClip(args, folder, cpu)
+    samples = theirs.loader().dataset.samples
+    paths = [os.path.join(folder, path) for path in found.source.paths]
+    assert list(zip(paths, found.source.labels)) == samples
+    assert len(samples) == 530
+
+    assert found.names == list(theirs.package.IMAGENET_CLASSNAMES[:6])
+    for our_prompt, their_prompt in zip(found.templates, theirs.package.OPENAI_IMAGENET_TEMPLATES):
+        assert our_prompt.replace("{c}", "dog") == their_prompt("dog")
+    assert len(found.templates) == 80
+
+    for side in (our_side, theirs):
+        start = time.perf_counter()
+        parts = side.evaluate()
+        seconds = time.perf_counter() - start
+        assert min(parts) > 0
+        assert 0.9 * seconds < sum(parts) <= seconds, "no part is counted twice, none is left out"
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--part_images=41",), "is larger than the whole"),
+        (("--part_classes=7",), "is larger than the whole"),
+        (("--classes=1001", "--images=2000"), "5 to 1,000 classes"),
+        (("--part_classes=4",), "5 to 1,000 classes"),
+    ],
+)
+def test_sets_that_zeroshot_cannot_use_are_refused(words, reason):
+    args = bench.with_defaults(bench.parse(["zeroshot", *SMALL_SETS, *words, *TOY]))
+    with pytest.raises(ConfigError, match=reason):
+        zeroshot.run(args)
+
+
 # ---- what the measured code promises ----
 
 
@@ -378,10 +461,11 @@ def test_parts_of_a_step_on_a_gpu():
 # ---- the command line and the results file ----
 
 
-def test_all_runs_every_mode():
+def test_all_runs_every_mode_but_zeroshot():
     args = bench.parse(["all", "--device=cpu", "--rounds=3"])
     all_jobs = bench.jobs_of_all(args)
-    assert {job.run for job in all_jobs} == set(bench.MODES.values())
+    # Half an hour of zeroshot is asked for by its name.
+    assert {job.run for job in all_jobs} == set(bench.MODES.values()) - {zeroshot.run}
     assert [(job.args.model, job.args.batch) for job in all_jobs if job.run is step.run] == [
         ("ViT-B-32", 32),
         ("RN50", 16),
