@@ -191,14 +191,20 @@ def test_transformers_computes_our_features(kind, tmp_path):
     assert tokenizer.model_max_length == model.context_length
     for text in (
         "Tom &amp; Jerry",
+        "<b> R&amp;amp;D",
         "“l’été”",
         "mojibake cafÃ©",
         "ﬁne ｆｕｌｌ ① 日本語 🐱",
         "don't I'LL",
     ):
-        cleaned = html.unescape(ftfy.fix_text(text))
+        cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
         ours = Tokenizer(77).encode(text)
         assert tokenizer(cleaned).input_ids[1:-1] == ours, text
+
+    # The exception, of which the model card tells.
+    for text in ("<|startoftext|>", "<|endoftext|>"):
+        assert tokenizer(text).input_ids[1:-1] != Tokenizer(77).encode(text)
+        assert text in to_hf.USAGE
 
 
 # ---- refusals ----
@@ -280,6 +286,12 @@ def test_only_an_untouched_export_is_replaced(run, monkeypatch, tmp_path):
     refused(command, "it also holds notes.txt")
     os.remove(os.path.join(out, "notes.txt"))
 
+    # Without one of its files.
+    config_json = os.path.join(out, "open_clip_config.json")
+    os.rename(config_json, os.path.join(run, "aside"))
+    refused(command, "open_clip_config.json was removed since the export")
+    os.rename(os.path.join(run, "aside"), config_json)
+
     # A model card to which somebody has added.
     with open(os.path.join(out, "README.md"), "a") as f:
         f.write("licence: mine")
@@ -318,10 +330,8 @@ def test_the_umask_decides_who_can_read_it(to, umask, mode, run, monkeypatch):
         os.umask(before)
 
     out = os.path.join(run, "exports", to)
-    modes = {
-        name: stat.S_IMODE(os.stat(os.path.join(out, name)).st_mode) for name in os.listdir(out)
-    }
-    assert modes == dict.fromkeys(modes, mode)
+    for path in files_under(out):
+        assert stat.S_IMODE(os.stat(path).st_mode) == mode, path
     assert stat.S_IMODE(os.stat(out).st_mode) == 0o777 & ~umask
 
 

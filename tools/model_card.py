@@ -56,8 +56,8 @@ NOT_OF_THE_METHOD = (
 # What the rows of the tables of results mean.
 MEASURES = (
     "zeroshot: each image is taken for the class whose name is nearest. R@k: retrieval among the "
-    "images of a set and their own captions, also where the set has classes; the caption of another "
-    "image is wrong even if its words are the same."
+    "images of a set and their own captions, also where the set has classes; the caption of "
+    "another image is wrong even if its words are the same."
 )
 
 CITATION = """\
@@ -120,9 +120,9 @@ def description(model, c):
     return (
         f"A CLIP model ({name}): an image tower of {count['image'] / 1e6:.1f} M parameters and a "
         f"text tower of {count['text'] / 1e6:.1f} M, which map into one space of "
-        f"{model.embed_dim} dimensions. Images are {model.image_size} x {model.image_size} pixels: the shorter side "
-        "is resized, bicubically, and the centre is cut out. Captions have at most "
-        f"{model.context_length} tokens, both ends included."
+        f"{model.embed_dim} dimensions. Images are {model.image_size} x {model.image_size} "
+        "pixels: the shorter side is resized, bicubically, and the centre is cut out. Captions "
+        f"have at most {model.context_length} tokens, both ends included."
     )
 
 
@@ -214,14 +214,9 @@ def settings(c):
             rows.append(f"| {field.name} | `{value!r}` |")
 
     if not rows:
-        return "All others are the defaults."
-    head = [
-        "Those of the method that differ from the defaults:",
-        "",
-        "| setting | value |",
-        "|---|---|",
-    ]
-    return "\n".join(head + rows)
+        return "All others of the method are the defaults."
+    intro = "Others of the method that differ from the defaults:"
+    return "\n".join([intro, "", "| setting | value |", "|---|---|", *rows])
 
 
 def read_results(path):

@@ -25,7 +25,7 @@ processor = CLIPProcessor.from_pretrained(name)
 
 # Captions from the web: clean each first, as in training, by
 # text = html.unescape(html.unescape(ftfy.fix_text(text)))
-# <|startoftext|> or <|endoftext|> within a caption gives another token here than in training.
+# <|startoftext|> and <|endoftext|> in a caption are special tokens here, plain text in training.
 # truncation=True, because a caption may be longer than the model's context. picture: a PIL image.
 inputs = processor(
     images=[picture], text=["a red bird"], return_tensors="pt", padding=True, truncation=True
