@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
+import time
 
 import ftfy
 import pytest
@@ -25,7 +27,7 @@ from ingest.images import evaluation_image
 from ingest.tokenizer import Tokenizer
 from runtime import checkpoint
 from samples import png
-from tools import export, to_hf, to_open_clip
+from tools import export, model_card, to_hf, to_open_clip
 from tools.model_card import MADE_BY
 
 TINY_TIMM = dict(
@@ -189,14 +191,20 @@ def test_transformers_computes_our_features(kind, tmp_path):
     assert tokenizer.model_max_length == model.context_length
     for text in (
         "Tom &amp; Jerry",
+        "<b> R&amp;amp;D",
         "“l’été”",
         "mojibake cafÃ©",
         "ﬁne ｆｕｌｌ ① 日本語 🐱",
         "don't I'LL",
     ):
-        cleaned = html.unescape(ftfy.fix_text(text))
+        cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
         ours = Tokenizer(77).encode(text)
         assert tokenizer(cleaned).input_ids[1:-1] == ours, text
+
+    # The exception, of which the model card tells.
+    for text in ("<|startoftext|>", "<|endoftext|>"):
+        assert tokenizer(text).input_ids[1:-1] != Tokenizer(77).encode(text)
+        assert text in to_hf.USAGE
 
 
 # ---- refusals ----
@@ -278,10 +286,21 @@ def test_only_an_untouched_export_is_replaced(run, monkeypatch, tmp_path):
     refused(command, "it also holds notes.txt")
     os.remove(os.path.join(out, "notes.txt"))
 
+    # Without one of its files.
+    config_json = os.path.join(out, "open_clip_config.json")
+    os.rename(config_json, os.path.join(run, "aside"))
+    refused(command, "open_clip_config.json was removed since the export")
+    os.rename(os.path.join(run, "aside"), config_json)
+
     # A model card to which somebody has added.
     with open(os.path.join(out, "README.md"), "a") as f:
         f.write("licence: mine")
     refused(command, "README.md was changed since the export")
+
+    # A disk that cannot be read, here because a link leads to itself.
+    os.rename(os.path.join(out, checkpoint.SUMS), os.path.join(run, "sums"))
+    os.symlink(checkpoint.SUMS, os.path.join(out, checkpoint.SUMS))
+    refused(command, "SHA256SUMS cannot be read .Too many levels")
 
     # Somebody's own folder, with sums of all its files.
     os.remove(os.path.join(out, checkpoint.SUMS))
@@ -299,20 +318,63 @@ def test_only_an_untouched_export_is_replaced(run, monkeypatch, tmp_path):
     refused([*command, "--out", str(tmp_path / "new")], "has no room")
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+@pytest.mark.parametrize("to", ["open_clip", "hf"])
+def test_the_umask_decides_who_can_read_it(to, umask, mode, run, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(export, "check_written", lambda *_: "checked")
+    before = os.umask(umask)
+    try:
+        export.main([run, "--to", to])
+    finally:
+        os.umask(before)
+
+    out = os.path.join(run, "exports", to)
+    for path in files_under(out):
+        assert stat.S_IMODE(os.stat(path).st_mode) == mode, path
+    assert stat.S_IMODE(os.stat(out).st_mode) == 0o777 & ~umask
+
+
+def test_what_a_killed_export_left_is_removed(run, monkeypatch):
+    """But not that of one that may still be at work, and nobody else's files."""
+    monkeypatch.setattr(export, "check_written", lambda *_: "checked")
+    long_ago = time.time() - 2 * export.STALE
+    for name in ("old", "new"):
+        os.makedirs(os.path.join(run, export.TEMPORARY + name, "export"))
+    os.mkdir(os.path.join(run, ".other"))
+    for name in (".other", export.TEMPORARY + "old"):
+        os.utime(os.path.join(run, name), (long_ago, long_ago))
+
+    export.main([run, "--to", "open_clip"])
+    left = [".other", export.TEMPORARY + "new", "checkpoints", "exports"]
+    assert sorted(os.listdir(run)) == sorted(left)
+
+
 # ---- the model card ----
 
 RESULTS = {
-    "checkpoint": "elsewhere/checkpoints/step-00000004",
+    "checkpoint": "a_run/step-00000004",
     "sets": [
         {
             "name": "imagenet",
+            "eval_data": "imagenet/val",
+            "names_from": "classnames.txt",
+            "templates_from": "",
+            "notes": ["has 49,000 images, not the benchmark's result"],
             "images": 49_990,
             "classes": 1000,
             "templates": 80,
             "left_out": {"cannot be decoded": 10},
             "zeroshot_top1": 0.6449,
         },
-        {"name": "flickr30k", "images": 1000, "left_out": {}, "text_to_image_R@1": 0.25},
+        {
+            "name": "flickr30k",
+            "eval_data": "f30k",
+            "images": 1000,
+            "left_out": {},
+            "text_to_image_R@1": 0.25,
+        },
+        {"name": "one", "eval_data": "one", "images": 1, "classes": 1, "templates": 1},
     ],
     "imagenet_and_variants": 0.5012,
 }
@@ -339,22 +401,30 @@ def test_the_model_card(run, monkeypatch):
         f"# a_run\n\n{MADE_BY}\n",
         "Images are 32 x 32 pixels",
         "Captions have at most 16 tokens",
+        "A CLIP model (ViT-B-32 with image_size = 32, patch_size = 8, embed_dim = 32,",
+        "text_layers = 1): an image tower of 0.1 M parameters and",
+        "in the place of FOLDER.",
         'name = "local-dir:FOLDER"',
         "It was checked.",
         "`algorithm = fastclip-v3` (loss RGCL-g, `equations = paper`), for 4 steps of 64 pairs: "
         "256 samples seen. The temperature, learned, is tau = 0.04246;",
         "* `shards/{00..09}.tar`",
-        "imagenet: 49,990 images, 1,000 classes, 80 templates, left out: 10.",
+        "Of the checkpoint `a_run/step-00000004`",
+        "imagenet, in `imagenet/val`: 49,990 images, 1,000 classes (from `classnames.txt`), "
+        "80 templates, left out: 10.\n\n* has 49,000 images, not the benchmark's result\n\n| meas",
         "| zeroshot_top1 | 64.49 |",
-        "flickr30k: 1,000 images.",
+        "flickr30k, in `f30k`: 1,000 images.\n\n| measure",
         "| text_to_image_R@1 | 25.00 |",
+        "one, in `one`: 1 image, 1 class, 1 template.",
         "mean top-1 of the seven sets: 50.12 %",
         "| rho | `4.0` |",
         "## Licence\n\nNot stated.",
         "2407.01445",
     ):
         assert text in card, text
-    assert "beta1" not in card  # a default
+    for key in ("beta1", "image_size", "workers", "log_steps", "device", "eval_data"):
+        assert f"| {key} |" not in card, key  # a default, or said elsewhere, or not of the method
+    assert {*model_card.IN_SENTENCES, *model_card.NOT_OF_THE_METHOD} < set(config.HINTS)
     assert str(run) not in card
 
 
@@ -368,11 +438,11 @@ def test_the_card_has_no_results_of_another_checkpoint(run, monkeypatch, capsys)
     made_run(run, step=8, **TINY, algorithm="fastclip-v2")
     older = checkpoint_folder(run, 4)
     assert export.results_of(older) == (RESULTS, "")
-    write_results(older, {**RESULTS, "checkpoint": "step-00000008"})
+    write_results(older, {**RESULTS, "checkpoint": "a_run/step-00000008"})
     assert export.results_of(older)[0] is None
 
     assert "None are known" in card_of(run, monkeypatch)
-    assert "eval.json is of another checkpoint, elsewhere" in capsys.readouterr().out
+    assert "eval.json is of another checkpoint, a_run/step-00000004" in capsys.readouterr().out
     card = card_of(run, monkeypatch)
     assert "for 8 steps" in card
     assert "logit_scale holds the initial one, tau = 0.07" in card

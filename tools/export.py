@@ -11,8 +11,10 @@ must compute the features that we compute. tools/to_open_clip.py and tools/to_hf
 import argparse
 import os
 import shutil
+import stat
 import sys
 import tempfile
+import time
 
 import torch
 
@@ -29,6 +31,9 @@ MODEL_CARD = "README.md"
 
 LARGEST_DIFFERENCE = 1e-4  # of a feature, in rows of length 1
 NUM_COMPARED = 4  # images, and captions
+TEMPORARY = ".fastclip-export-"  # how the names of unfinished exports begin
+STALE = 3600  # seconds after which such a folder is taken for that of a killed export
+
 WORDS = "a photo of two red birds that sit in the snow beside an old house".split()
 
 
@@ -109,34 +114,47 @@ def one_line(error):
 
 def check_target(out):
     """ConfigError if `out` holds anything but an earlier export, or cannot be written."""
-    if os.path.isdir(out) and os.listdir(out):
-        reason = why_no_export(out)
+    if os.path.isdir(out):
+        reason = why_not_replaceable(out)
         if reason:
             raise ConfigError(
                 f"{out} will not be replaced, because {reason}: remove it, or choose another --out"
             )
-    elif os.path.lexists(out) and not os.path.isdir(out):
+    elif os.path.lexists(out):
         raise ConfigError(f"{out} is a file: choose another --out, a folder")
 
     with configs.writing_to(out, "out"):
         checkpoint.check_writable(out)
 
 
-def why_no_export(folder):
-    """Why a folder is no earlier export that was left as it was; "" if it is one."""
+def why_not_replaceable(folder):
+    """Why a folder is no earlier export that was left as it was; "" if it is one, or empty."""
     try:
-        sums = checkpoint.read_sums(folder)
-        with open(os.path.join(folder, MODEL_CARD), encoding="utf-8") as f:
-            is_export = MADE_BY in f.read()
-        others = set(os.listdir(folder)) - {*sums, checkpoint.SUMS}
-        changed = [name for name in sums if sha256_in(folder, name) != sums[name]]
-    except (OSError, ValueError):
-        is_export = False
+        names = os.listdir(folder)
+        return why_no_export(folder, names) if names else ""
+    except (FileNotFoundError, ValueError):  # no sums or no card, or they are no text
+        return "it holds something else than an export"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
 
+
+def why_no_export(folder, names):
+    """Like why_not_replaceable. names: of what is in the folder. OSError, ValueError."""
+    sums = checkpoint.read_sums(folder)
+    with open(os.path.join(folder, MODEL_CARD), encoding="utf-8") as f:
+        is_export = MADE_BY in f.read()
     if not is_export:
         return "it holds something else than an export"
+
+    others = set(names) - {*sums, checkpoint.SUMS}
     if others:
         return f"it also holds {', '.join(sorted(others)[:4])}"
+
+    missing = set(sums) - set(names)
+    if missing:
+        return f"{', '.join(sorted(missing)[:4])} was removed since the export"
+
+    changed = [name for name in sums if sha256_in(folder, name) != sums[name]]
     if changed:
         return f"{', '.join(changed[:4])} was changed since the export"
     return ""
@@ -171,6 +189,26 @@ def write_sums(folder):
         f.writelines(lines)
 
 
+def set_modes(folder):
+    """Let the umask decide who may read each file, as it has for the model card.
+
+    safetensors makes files that only their owner may read.
+    """
+    mode = stat.S_IMODE(os.stat(os.path.join(folder, MODEL_CARD)).st_mode)
+    for name in os.listdir(folder):
+        os.chmod(os.path.join(folder, name), mode)
+
+
+def remove_stale(place):
+    """Remove from the folder `place` what killed exports have left there, long enough ago."""
+    for entry in os.scandir(place):
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if not is_folder or not entry.name.startswith(TEMPORARY):
+            continue
+        if time.time() - entry.stat().st_mtime > STALE:
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
 def put_in_place(folder, out, aside):
     """Rename `folder` to `out`. An earlier export goes to the path `aside`."""
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
@@ -186,7 +224,7 @@ def results_of(folder):
     """The results of a checkpoint -> (content of eval.json, ""), or (None, why there are none).
 
     eval.py and the end of a training write eval.json into the run's folder or, if eval.py is given
-    a checkpoint, into its folder. It says of which checkpoint the results are.
+    a checkpoint, into its folder. It says of which checkpoint the results are: RUN/step-00001740.
     """
     beside = os.path.join(folder, "eval.json")
     run = run_of(folder)
@@ -232,8 +270,9 @@ def export(folder, c, out, library):
     where = existing_folder(out)
     with (
         configs.writing_to(out, "out"),
-        tempfile.TemporaryDirectory(prefix=".export-", dir=where) as temporary,
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=where) as temporary,
     ):
+        remove_stale(where)
         partial = os.path.join(temporary, "export")
         os.mkdir(partial)
 
@@ -241,6 +280,7 @@ def export(folder, c, out, library):
         checked = check_written(partial, library, model)
         write_card(partial, folder, library, model, c, checked)
         write_sums(partial)
+        set_modes(partial)
 
         put_in_place(partial, out, aside=os.path.join(temporary, "earlier"))
     report(out, library, checked)

@@ -6,21 +6,58 @@ import math
 import os
 
 import model as models
-from config import JOB_KEYS, Config
+from config import JOB_KEYS, MODEL_KEYS, Config
 from loss import get_algorithm
 
 # The first line after the title. An export has it, so that it is known as one.
 MADE_BY = "Trained with FastCLIP, and exported by `python -m tools.export`."
 
-# What the card says in sentences of its own.
+# Settings that the card tells in sentences of its own.
 IN_SENTENCES = (
     "algorithm",
     "equations",
     "model",
+    *MODEL_KEYS,
     "batch_size",
     "train_data",
-    "eval_data",
     "caption_key",
+)
+
+# Settings that do not change what is trained: the machine, and what is evaluated, saved and shown.
+NOT_OF_THE_METHOD = (
+    *JOB_KEYS,
+    "grad_checkpointing",
+    "train_samples",
+    "index_remote",
+    "allow_left_out",
+    "lanes",
+    "shuffle_block",
+    "workers",
+    "micro_batch",
+    "eval_data",
+    "eval_names",
+    "eval_templates",
+    "eval_steps",
+    "eval_batch",
+    "save_steps",
+    "save_minutes",
+    "save_background",
+    "keep",
+    "log_steps",
+    "tensorboard",
+    "wandb",
+    "device",
+    "compile",
+    "bucket_mb",
+    "loss_tile",
+    "timeout",
+)
+
+# What the rows of the tables of results mean.
+MEASURES = (
+    "zeroshot: each image is taken for the class whose name is nearest. R@k: retrieval among the "
+    "images of a set and their own captions, also where the set has classes; the caption of "
+    "another image is wrong even if its words are the same."
 )
 
 CITATION = """\
@@ -48,6 +85,7 @@ def model_card(title, library, usage, model, c, step, results, checked):
         MADE_BY,
         description(model, c),
         "## Use",
+        "Put the path of the folder of this file in the place of FOLDER.",
         f"```python\n{usage}\n```",
         checked,
         "## Training",
@@ -59,7 +97,7 @@ def model_card(title, library, usage, model, c, step, results, checked):
         "## Settings",
         settings(c),
         "## Licence",
-        "Not stated. Who publishes this model says here under which licence, and adds a line "
+        "Not stated. Whoever publishes this model should state the licence here, and add a line "
         "`license: ...` to the top of this file. Mind the licence of the training data.",
         "## Citation",
         f"```bibtex\n{CITATION}\n```",
@@ -77,12 +115,14 @@ def front_matter(library):
 
 def description(model, c):
     count = models.num_parameters(model)
+    changes = ", ".join(f"{key} = {value}" for key, value in c.model_numbers().items())
+    name = f"{c.model} with {changes}" if changes else c.model
     return (
-        f"A CLIP model: an image tower ({c.model}, {count['image'] / 1e6:.1f} M parameters) and a "
-        f"text tower ({count['text'] / 1e6:.1f} M) that map into one space of {model.embed_dim} "
-        f"dimensions. Images are {model.image_size} x {model.image_size} pixels: the shorter side "
-        "is resized, bicubically, and the centre is cut out. Captions have at most "
-        f"{model.context_length} tokens, both ends included."
+        f"A CLIP model ({name}): an image tower of {count['image'] / 1e6:.1f} M parameters and a "
+        f"text tower of {count['text'] / 1e6:.1f} M, which map into one space of "
+        f"{model.embed_dim} dimensions. Images are {model.image_size} x {model.image_size} "
+        "pixels: the shorter side is resized, bicubically, and the centre is cut out. Captions "
+        f"have at most {model.context_length} tokens, both ends included."
     )
 
 
@@ -90,7 +130,7 @@ def training(model, c, step):
     algorithm = get_algorithm(c.algorithm)
     text = (
         f"From random weights, by `algorithm = {c.algorithm}` (loss {algorithm.loss}, "
-        f"`equations = {c.equations}`), for {step:,} steps of {c.batch_size:,} pairs: "
+        f"`equations = {c.equations}`), for {counted(step, 'step')} of {c.batch_size:,} pairs: "
         f"{step * c.batch_size:,} samples seen."
     )
     if algorithm.tau == "sample":
@@ -109,8 +149,8 @@ def data(c):
     where = f"entry `{c.caption_key}` of each KEY.json" if c.caption_key else "KEY.txt"
     return (
         f"Trained on the image-text pairs of these shards (captions: {where}):\n\n{patterns}\n\n"
-        "What is in them, where they are from and how they were filtered is for the one who "
-        "publishes this model to say."
+        "What is in them, where they are from and how they were filtered is for "
+        "whoever publishes this model to say."
     )
 
 
@@ -118,11 +158,14 @@ def results_table(results):
     if results is None:
         return "None are known. `python eval.py RUN` makes them."
 
-    lines = []
+    lines = [f"Of the checkpoint `{results['checkpoint']}`, which is this model. {MEASURES}", ""]
     for one in results["sets"]:
+        lines += [f"{one['name']}, in `{one['eval_data']}`: {size_of_set(one)}.", ""]
+        lines += notes(one)
+        lines += ["| measure | % |", "|---|---|"]
+
         # Counts are integers, shares are floats.
         shares = {key: value for key, value in one.items() if isinstance(value, float)}
-        lines += [f"{one['name']}: {size_of_set(one)}.", "", "| measure | % |", "|---|---|"]
         lines += [f"| {key} | {100 * share:.2f} |" for key, share in shares.items()]
         lines.append("")
 
@@ -134,28 +177,46 @@ def results_table(results):
 
 def size_of_set(one):
     """How much of a set the results are of. one: an entry of "sets" in eval.json."""
-    parts = [f"{one['images']:,} images"]
+    parts = [counted(one["images"], "image")]
     if one.get("classes"):
-        parts.append(f"{one['classes']:,} classes, {one['templates']:,} templates")
+        parts.append(counted(one["classes"], "class", "classes") + source(one, "names_from"))
+        parts.append(counted(one["templates"], "template") + source(one, "templates_from"))
     if one.get("left_out"):
         parts.append(f"left out: {sum(one['left_out'].values()):,}")
     return ", ".join(parts)
 
 
+def source(one, key):
+    """ " (from ...)", if the result of a set says so under `key`; otherwise ""."""
+    return f" (from `{one[key]}`)" if one.get(key) else ""
+
+
+def notes(one):
+    """Lines on what makes the result of a set other than that of the benchmark of its name."""
+    lines = [f"* {note}" for note in one.get("notes", ())]
+    return [*lines, ""] if lines else []
+
+
+def counted(number, one, many=""):
+    """ "1 step", or "2,000 steps". many: the plural, if it is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def settings(c):
-    """The settings that differ from the defaults, as a table."""
+    """The settings of the method that differ from the defaults, as a table."""
     rows = []
+    left_out = (*IN_SENTENCES, *NOT_OF_THE_METHOD)
     defaults = Config()
     for field in dataclasses.fields(Config):
         value = getattr(c, field.name)
         is_default = value == getattr(defaults, field.name)
-        if not is_default and field.name not in (*JOB_KEYS, *IN_SENTENCES):
+        if not is_default and field.name not in left_out:
             rows.append(f"| {field.name} | `{value!r}` |")
 
     if not rows:
-        return "All others are the defaults."
-    head = ["Those that differ from the defaults:", "", "| setting | value |", "|---|---|"]
-    return "\n".join(head + rows)
+        return "All others of the method are the defaults."
+    intro = "Others of the method that differ from the defaults:"
+    return "\n".join([intro, "", "| setting | value |", "|---|---|", *rows])
 
 
 def read_results(path):

@@ -19,11 +19,13 @@ LIBRARY = "transformers"  # as the model card calls it
 USAGE = """\
 from transformers import CLIPModel, CLIPProcessor
 
-name = "FOLDER"  # where this file is; "USER/NAME" once it is on the Hub
+name = "FOLDER"  # or "USER/NAME", once it is on the Hub
 model = CLIPModel.from_pretrained(name)
 processor = CLIPProcessor.from_pretrained(name)
 
-# Captions from the web: clean each by html.unescape(ftfy.fix_text(text)) first, as in training.
+# Captions from the web: clean each first, as in training, by
+# text = html.unescape(html.unescape(ftfy.fix_text(text)))
+# <|startoftext|> and <|endoftext|> in a caption are special tokens here, plain text in training.
 # truncation=True, because a caption may be longer than the model's context. picture: a PIL image.
 inputs = processor(
     images=[picture], text=["a red bird"], return_tensors="pt", padding=True, truncation=True

@@ -21,7 +21,7 @@ LIBRARY = "open_clip"  # as the model card calls it
 USAGE = """\
 import open_clip
 
-name = "local-dir:FOLDER"  # where this file is; "hf-hub:USER/NAME" once it is on the Hub
+name = "local-dir:FOLDER"  # or "hf-hub:USER/NAME", once it is on the Hub
 model, _, preprocess = open_clip.create_model_and_transforms(name)
 tokenizer = open_clip.get_tokenizer(name)
 model.eval()
