@@ -564,8 +564,6 @@ def load_config(folder, argv):
     saved["out_dir"] = argv[0]
 
     for word in argv[1:]:
-        if not word.startswith("--"):
-            raise ConfigError(f"unexpected word {word!r}: after the folder come only --key=value")
         if word.partition("=")[0] == "--eval_data":
             # The lists belong to the sets of the training.
             saved["eval_names"] = ""

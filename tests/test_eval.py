@@ -726,7 +726,7 @@ def test_wrong_words_and_folders_are_refused_before_the_evaluation(tmp_path, set
     train(run, sets, max_steps=1)
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: pytest.fail("evaluated"))
 
-    with pytest.raises(ConfigError, match="unexpected word '0.tar': after the folder"):
+    with pytest.raises(ConfigError, match="unexpected word '0.tar': a folder comes first"):
         evaluation.main([run, "0.tar"])
 
     (tmp_path / "file").write_text("")
