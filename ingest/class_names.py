@@ -126,7 +126,8 @@ def read_class_names(path):
         raise ConfigError(
             f"{path} lists WordNet ids, {names[0]!r} for example, as Kaggle's "
             "LOC_synset_mapping.txt does: it must hold names for prompts, one per line. For "
-            "ImageNet's classes leave it out: open_clip has the names that CLIP is judged by"
+            "folders of ImageNet's classes leave it out; for shards write open_clip's "
+            "IMAGENET_CLASSNAMES into it, by which CLIP is judged"
         )
     for number, name in enumerate(names, 1):
         if not name:

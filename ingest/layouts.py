@@ -276,9 +276,9 @@ def find_in_file(path, lists_given, c, load_shards):
 
 def find_image_folder(path, listing, lists_given):
     """As find_at, of a folder that may hold images, in a folder per class or flat."""
-    found = find_class_folders(path, listing, lists_given) or find_flat_folder(
-        path, listing, lists_given
-    )
+    found = find_class_folders(path, listing, lists_given)
+    if not found:
+        found = find_flat_folder(path, listing, lists_given)
     if found:
         return found
 
