@@ -668,7 +668,7 @@ def test_why_there_is_no_zero_shot_classification_is_said(tmp_path, capsys):
     assert "templates.txt is not used: there are no class names" in out
     assert "no classnames.txt beside the shards" in out
 
-    (tmp_path / "a" / "classnames.txt").write_text("red")
+    (tmp_path / "a" / "classnames.txt").write_text("red\nblue")
     evaluate(with_class, str(tmp_path / "run"))
     assert "1 of 3 images have no class (KEY.cls)" in capsys.readouterr().out
     assert written(tmp_path / "run")["templates"] == 0

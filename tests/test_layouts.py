@@ -722,10 +722,12 @@ def test_several_sets_are_not_merged_into_one(tmp_path):
     pattern = f"{root}/*/test/*.tar"
     shards = {name: f"{root}/{name}/test/*.tar" for name in ("ant", "bee")}
     refused(pattern, "several sets", "merged into one result", f'--eval_data="{shards}"')
-    os.remove(root / "bee" / "test" / "nshards.txt")
+    names = shutil.copy(root / "ant" / "classnames.txt", root / "bee" / "classnames.txt")
     refused(pattern, "merged into one result")
-    shutil.copy(root / "ant" / "classnames.txt", root / "bee" / "classnames.txt")
+    os.remove(root / "bee" / "test" / "nshards.txt")
     assert find(pattern).source.num_samples == 2
+    write_list(names, ["small bee", "large bee"])
+    refused(pattern, "merged into one result")
     refused(root, f"holds a set in a folder: give {root}/ant")
 
 
