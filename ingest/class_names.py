@@ -45,7 +45,7 @@ class Lists(NamedTuple):
     names           list of str, empty if there is no such file
     names_path      the file of the names, "" if there is none
     names_from      where that file was found, for people
-    are_given       whether the names were given by hand
+    names_given     whether the names were given by hand
     templates       list of str with {c} in each, empty if there is no such file
     templates_path  the file of the templates, "" if there is none
     templates_from  where that file was found, for people
@@ -54,7 +54,7 @@ class Lists(NamedTuple):
     names: list
     names_path: str
     names_from: str
-    are_given: bool
+    names_given: bool
     templates: list
     templates_path: str
     templates_from: str
@@ -73,7 +73,7 @@ def find_lists(folder, lists_given=NONE_GIVEN):
         names=read_class_names(names_path) if names_path else [],
         names_path=names_path,
         names_from=origin(names_path, folder, lists_given.names),
-        are_given=bool(lists_given.names),
+        names_given=bool(lists_given.names),
         templates=read_templates(templates_path) if templates_path else [],
         templates_path=templates_path,
         templates_from=origin(templates_path, folder, lists_given.templates),

@@ -129,7 +129,7 @@ def named_classes(keys, lists, where, keys_from):
                 f"{line + 1} is {lists.names[line]!r}, but {order[number]!r} is number "
                 f"{number + 1} in sorted order"
             )
-    if not lists.are_given and set(lines) == {None}:
+    if not lists.names_given and set(lines) == {None}:
         warn(
             f"{lists.names_path} has none of the names on the disk: {where} has {some(order)}, the "
             f"list {some(lists.names)}; they are matched in this order. If the list belongs to "

@@ -144,8 +144,9 @@ def folder_name(entry):
 
 
 def folders_in(place, entries):
-    """Where images may lie -> list of folders: `place`, those in it and, of these, those in them
-    that the entries name. A place that cannot be listed counts as empty.
+    """Where images may lie -> list of folders: `place`, those in it, and those in these by name.
+
+    The entries have the names. A place that cannot be listed counts as empty.
     """
     names = {folder_name(entry) for entry in entries} - {""}
     folders = [place]
