@@ -7,7 +7,7 @@ from collections import Counter
 from config import ConfigError
 from ingest.class_names import choose_templates, find_lists
 from ingest.classes import Classes, classes_of, numbered
-from ingest.folders import extension_of, list_folder, some
+from ingest.folders import amount, extension_of, list_folder, some
 from ingest.left_out import NO_CLASS_FOLDER, NOT_READ
 from ingest.sources import ImageFiles
 
@@ -125,8 +125,9 @@ def find_objectnet(path, lists_given):
     names = lists.names or [label_of[folder].lower() for folder in folders]
     if len(names) != len(folders):
         raise ConfigError(
-            f"{lists.names_path} has {len(names):,} lines, but ObjectNet shares {len(folders):,} "
-            "classes with ImageNet: give one line for each, in the sorted order of their folders"
+            f"{lists.names_path} has {amount(len(names), 'line')}, but ObjectNet shares "
+            f"{len(folders):,} classes with ImageNet: give one line for each, in the sorted order of "
+            "their folders"
         )
 
     templates = choose_templates(lists, is_imagenet=True)

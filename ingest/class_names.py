@@ -16,6 +16,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from config import ConfigError
+from ingest.folders import amount
 from ingest.urls import nearest_name
 
 CLASS_NAMES = "classnames.txt"
@@ -206,8 +207,8 @@ def imagenet_names(numbers, lists, where):
     names = lists.names or open_clip_names(where)
     if len(names) != 1000:
         raise ConfigError(
-            f"{lists.names_path} has {len(names):,} lines, but {where} has {len(numbers):,} "
-            "classes of ImageNet's 1,000: give one line for each of these classes, or 1,000, in "
+            f"{lists.names_path} has {amount(len(names), 'line')}, but {where} has "
+            f"{amount(len(numbers), 'class', 'classes')} of ImageNet's 1,000: give one line for each of these classes, or 1,000, in "
             "ImageNet's order"
         )
     return [names[number] for number in numbers], lists.names_from or "open_clip"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from config import ConfigError
 from ingest.class_names import DEFAULT_TEMPLATES, choose_templates, imagenet_ids, imagenet_names
-from ingest.folders import some
+from ingest.folders import amount, some
 
 WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
 NUMBER = re.compile(r"\d{1,9}", re.ASCII)
@@ -82,14 +82,14 @@ def numbered_classes(keys, lists, where):
 
     if not lists.names:
         raise ConfigError(
-            f"{where}: its {len(keys):,} classes are numbers up to {largest:,}, which are "
+            f"{where}: its classes ({len(keys):,}) are numbers up to {largest:,}, which are "
             "ImageNet's if all of 0 to 999 are there: otherwise give their names, line n for "
             "class n - 1, in classnames.txt beside it or by --eval_names=FILE"
         )
     if largest >= len(lists.names):
         raise ConfigError(
-            f"{where} has a class {largest:,}, but {lists.names_path} has {len(lists.names):,} "
-            "lines: classes are counted from 0, or the list belongs to another set"
+            f"{where} has a class {largest:,}, but {lists.names_path} has "
+            f"{amount(len(lists.names), 'line')}: classes are counted from 0, or the list belongs to another set"
         )
     if 0 not in labels.values():
         warn(
@@ -118,9 +118,10 @@ def named_classes(keys, lists, where, keys_from):
 
     if len(lists.names) != len(order):
         raise ConfigError(
-            f"{lists.names_path} has {len(lists.names):,} lines, but {where} has {len(order):,} "
-            f"classes, of which the list lacks {order[lines.index(None)]!r}: give the names of all "
-            "classes, or one line for each in the sorted order of the folders or labels"
+            f"{lists.names_path} has {amount(len(lists.names), 'line')}, but {where} has "
+            f"{amount(len(order), 'class', 'classes')}, of which the list lacks "
+            f"{order[lines.index(None)]!r}: give the names of all classes, or one line for each in "
+            "the sorted order of the folders or labels"
         )
     for number, line in enumerate(lines):
         if line not in (None, number):

@@ -180,7 +180,7 @@ def test_the_same_pictures_as_shards(as_folders, tmp_path):
 def test_numbers_and_names_in_a_flat_folder(tmp_path):
     folder = write(tmp_path / "set", "a.jpg", "b.png", "c.jpg")
     numbers = write_list(tmp_path / "set" / "val.txt", ["a.jpg 0", "b.png 2", "c.jpg 2"])
-    refused(folder, "its 2 classes are numbers up to 2", "--eval_names=FILE")
+    refused(folder, "its classes (2) are numbers up to 2", "--eval_names=FILE")
 
     names = write_list(tmp_path / "names", ["dog", "cat", "sea lion"])
     expected = {"a.jpg": "dog", "b.png": "sea lion", "c.jpg": "sea lion"}
@@ -319,7 +319,7 @@ def test_sketch_and_v2_have_1000_classes(tmp_path):
 
     # A part of it would be without names.
     os.rename(tmp_path / name / "999", tmp_path / "999")
-    refused(tmp_path / name, "its 999 classes are numbers up to 998", "all of 0 to 999")
+    refused(tmp_path / name, "its classes (999) are numbers up to 998", "all of 0 to 999")
 
 
 def test_objectnet_has_113_classes(tmp_path):
