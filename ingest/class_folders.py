@@ -126,8 +126,8 @@ def find_objectnet(path, lists_given):
     if len(names) != len(folders):
         raise ConfigError(
             f"{lists.names_path} has {amount(len(names), 'line')}, but ObjectNet shares "
-            f"{len(folders):,} classes with ImageNet: give one line for each, in the sorted order of "
-            "their folders"
+            f"{len(folders):,} classes with ImageNet: give one line for each, in the sorted order "
+            "of their folders"
         )
 
     templates = choose_templates(lists, is_imagenet=True)

@@ -208,8 +208,8 @@ def imagenet_names(numbers, lists, where):
     if len(names) != 1000:
         raise ConfigError(
             f"{lists.names_path} has {amount(len(names), 'line')}, but {where} has "
-            f"{amount(len(numbers), 'class', 'classes')} of ImageNet's 1,000: give one line for each of these classes, or 1,000, in "
-            "ImageNet's order"
+            f"{amount(len(numbers), 'class', 'classes')} of ImageNet's 1,000: give one line for "
+            "each of these classes, or 1,000, in ImageNet's order"
         )
     return [names[number] for number in numbers], lists.names_from or "open_clip"
 

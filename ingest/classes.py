@@ -89,7 +89,8 @@ def numbered_classes(keys, lists, where):
     if largest >= len(lists.names):
         raise ConfigError(
             f"{where} has a class {largest:,}, but {lists.names_path} has "
-            f"{amount(len(lists.names), 'line')}: classes are counted from 0, or the list belongs to another set"
+            f"{amount(len(lists.names), 'line')}: classes are counted from 0, or the list "
+            "belongs to another set"
         )
     if 0 not in labels.values():
         warn(
