@@ -17,6 +17,7 @@ import inspect
 import math
 import os
 import re
+import select
 import signal
 import sys
 import types
@@ -338,9 +339,9 @@ OTHER_WORDS = {
 def load(argv, saved=None):
     """Command-line words (a config file, then `--key=value`s; both optional) -> Config.
 
-    saved: {key: value} that these words change, instead of the defaults. Raises ConfigError for an
-    unknown key (the nearest is named), a wrong type, a value that cannot work, a missing or failing
-    file.
+    saved: {key: value} that these words change, instead of the defaults or of a file. Raises
+    ConfigError for an unknown key (the nearest is named), a wrong type, a value that cannot work, a
+    missing or failing file.
     """
     values = dict(saved or {})
     given = set()
@@ -358,12 +359,13 @@ def load(argv, saved=None):
                 )
             values[key] = typed(key, parse(text))
             given.add(key)
-        elif i == 0:
+        elif i == 0 and saved is None:
             values = read(word)
             name = os.path.splitext(os.path.basename(word))[0]
         else:
+            first = "a config file" if saved is None else "a folder"
             raise ConfigError(
-                f"unexpected word {word!r}: a config file comes first, then only --key=value"
+                f"unexpected word {word!r}: {first} comes first, then only --key=value"
             )
 
     config = Config(**{key: typed(key, value) for key, value in values.items()})
@@ -375,8 +377,8 @@ def load(argv, saved=None):
 def split_option(word, rest):
     """`--key=text` -> (key, text). Whether it is a key of ours is left to `typed`.
 
-    rest: the words after it. Raises ConfigError, which gives the right spelling, for `--key text`,
-    for dashes in our keys, and for the options of other programs.
+    rest: the words after it. Raises ConfigError, which gives the right spelling, for `--key text`
+    and `--key= text`, for dashes in our keys, and for the options of other programs.
     """
     spelt, equals, text = word[2:].partition("=")
     if spelt in OTHER_WORDS:
@@ -386,11 +388,12 @@ def split_option(word, rest):
         )
 
     key = spelt.replace("-", "_")
-    is_well_spelt = equals and key == spelt
+    is_apart = not text and rest and not rest[0].startswith("--")
+    is_well_spelt = equals and key == spelt and not is_apart
     if is_well_spelt or key not in HINTS:
         return key, text
 
-    if not equals and rest and not rest[0].startswith("--"):
+    if is_apart:
         text = rest[0]
     if not text:
         text = "True" if HINTS[key] is bool else "..."
@@ -740,11 +743,27 @@ def help_text():
 def or_exit(function, *args):
     """Call, and turn a ConfigError or a BadRun into one line on stderr and exit status 1.
 
-    Ctrl-C ends the program without a traceback, with the status that a shell gives it.
+    Ctrl-C ends the program without a traceback, with the status that a shell gives it. So does a
+    reader of standard output that has seen enough, as in `| head`.
     """
     try:
-        return function(*args)
+        result = function(*args)
+        sys.stdout.flush()
+        return result
     except (ConfigError, BadRun) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        if not has_lost_reader(sys.stdout):
+            raise
+        # What is still in the buffer is written at the end of the program.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def has_lost_reader(stream):
+    """Whether a stream is a pipe of which the other end is closed: other pipes may break, too."""
+    poll = select.poll()
+    poll.register(stream, 0)  # an error is reported in any case
+    return any(event & select.POLLERR for _, event in poll.poll(0))

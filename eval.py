@@ -472,7 +472,9 @@ def result_of(data, images, measures):
         "images": len(images.positions),
         "captions": sum(map(len, images.captions)),
         "classes": len(data.names) if classified else 0,
+        "names_from": data.names_from if classified else "",
         "templates": len(data.templates) if classified else 0,
+        "templates_from": data.templates_from if classified else "",
         "left_out": {**data.source.left_out, **images.bad},
         **measures,
     }
@@ -567,8 +569,6 @@ def load_config(folder, argv):
     saved["out_dir"] = argv[0]
 
     for word in argv[1:]:
-        if not word.startswith("--"):
-            raise ConfigError(f"unexpected word {word!r}: after the folder come only --key=value")
         if word.partition("=")[0] == "--eval_data":
             # The lists belong to the sets of the training.
             saved["eval_names"] = ""

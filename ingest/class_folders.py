@@ -7,7 +7,7 @@ from collections import Counter
 from config import ConfigError
 from ingest.class_names import choose_templates, find_lists
 from ingest.classes import Classes, classes_of, numbered
-from ingest.folders import extension_of, list_folder, some
+from ingest.folders import amount, extension_of, list_folder, some
 from ingest.left_out import NO_CLASS_FOLDER, NOT_READ
 from ingest.sources import ImageFiles
 
@@ -21,14 +21,17 @@ LABEL_TO_IMAGENET = "objectnet_to_imagenet_1k.json"
 # ---- a folder per class ----
 
 
-def find_class_folders(root, top, files):
+def find_class_folders(root, top, lists_given):
     """ROOT/CLASS/IMAGE -> (ImageFiles, Classes); None if fewer than two folders hold images.
 
-    top: Listing of ROOT. files: ingest.class_names.Files. Raises ConfigError for images that lie
-    deeper, for a class without images, and what find_lists and classes_of raise.
+    top: Listing of ROOT. lists_given: ingest.class_names.ListFiles. Raises ConfigError for images
+    that lie deeper, for a class without images, and what find_lists and classes_of raise.
     """
     inside = {name: list_folder(os.path.join(root, name)) for name in top.folders}
-    with_images = [name for name, content in inside.items() if content.images or content.unread]
+    with_images = []
+    for name, content in inside.items():
+        if content.images or content.unsupported_images:
+            with_images.append(name)
     if top.images and not with_images:
         return None  # a flat folder, and something else in it
 
@@ -36,7 +39,8 @@ def find_class_folders(root, top, files):
     if len(with_images) < 2:
         return None
 
-    classes = classes_of(set(inside), find_lists(root, files), root)
+    lists = find_lists(root, lists_given)
+    classes = classes_of(set(inside), lists, root, "the folders' names")
     source = images_of_classes(root, inside, classes)
     source.left_out.update(f"{extension_of(name)} {NO_CLASS_FOLDER}" for name in top.images)
     return source, classes
@@ -57,7 +61,8 @@ def images_of_classes(root, inside, classes):
     for name, content in inside.items():
         paths += [os.path.join(name, image) for image in content.images]
         labels += [classes.labels[name]] * len(content.images)
-        left_out.update(f"{extension_of(image)} {NOT_READ}" for image in content.unread)
+        for image in content.unsupported_images:
+            left_out[f"{extension_of(image)} {NOT_READ}"] += 1
 
     description = f"folder per class ({classes.kind})"
     return ImageFiles(root, paths, description, labels=labels, left_out=left_out)
@@ -87,20 +92,22 @@ def check_depth(root, inside):
 # ---- ObjectNet ----
 
 
-def find_objectnet(path, files):
+def find_objectnet(path, lists_given):
     """ObjectNet's folder, or images/ in it -> (ImageFiles, Classes); None if it is another set.
 
-    files: ingest.class_names.Files. The classes are those 113 of its 313 that ImageNet has, too;
-    the other folders are no part of the set. Raises ConfigError for mappings that cannot be read,
-    for class folders that are not there, and what find_lists raises.
+    lists_given: ingest.class_names.ListFiles. The classes are those 113 of its 313 that ImageNet
+    has, too; the other folders are no part of the set. Raises ConfigError for mappings that are
+    missing or cannot be read, for class folders that are not there, and what find_lists raises.
     """
     root = path
     if os.path.basename(os.path.abspath(path)) == "images":
         root = os.path.dirname(os.path.abspath(path))
     images = os.path.join(root, "images")
     mappings = os.path.join(root, "mappings")
-    is_objectnet = os.path.isdir(images) and os.path.isfile(os.path.join(mappings, FOLDER_TO_LABEL))
-    if not is_objectnet:
+    if not os.path.isdir(images):
+        return None
+    if not os.path.isfile(os.path.join(mappings, FOLDER_TO_LABEL)):
+        check_is_not_objectnet(root, mappings)
         return None
 
     label_of = read_mapping(os.path.join(mappings, FOLDER_TO_LABEL))
@@ -114,23 +121,37 @@ def find_objectnet(path, files):
             f"missing: {some(missing)}; unpack all parts of ObjectNet"
         )
 
-    names = [label_of[folder].lower() for folder in folders]
-    lists = find_lists(root, files)
-    if lists.names:
-        names = lists.names
+    lists = find_lists(root, lists_given)
+    names = lists.names or [label_of[folder].lower() for folder in folders]
     if len(names) != len(folders):
         raise ConfigError(
-            f"{lists.names_path} has {len(names):,} lines, but ObjectNet shares {len(folders):,} "
-            "classes with ImageNet: give one line for each, in the sorted order of their folders"
+            f"{lists.names_path} has {amount(len(names), 'line')}, but ObjectNet shares "
+            f"{len(folders):,} classes with ImageNet: give one line for each, in the sorted order "
+            "of their folders"
         )
 
     templates = choose_templates(lists, is_imagenet=True)
-    classes = Classes("ObjectNet's", numbered(folders), names, *templates)
+    names_from = lists.names_from or "its mappings"
+    classes = Classes("ObjectNet's", numbered(folders), names, names_from, *templates)
     inside = {name: list_folder(os.path.join(images, name)) for name in folders}
     source = images_of_classes(images, inside, classes)
     source.description = f"ObjectNet, its border of {OBJECTNET_BORDER} pixels cut off"
     source.border = OBJECTNET_BORDER
     return source, classes
+
+
+def check_is_not_objectnet(root, mappings):
+    """ConfigError if a folder without ObjectNet's mappings has its name.
+
+    As a plain folder per class it would be another set, of 313 classes and with its borders.
+    """
+    if "objectnet" in os.path.basename(os.path.abspath(root)).lower():
+        raise ConfigError(
+            f"{root} has ObjectNet's name and a folder images, but no "
+            f"{os.path.join(mappings, FOLDER_TO_LABEL)}: put ObjectNet's folder mappings, which "
+            "say which classes ImageNet has, beside images (a set that is not ObjectNet needs "
+            "another name)"
+        )
 
 
 def read_mapping(path):

@@ -5,11 +5,12 @@ counted from 0, or by its name.
 """
 
 import re
+import sys
 from typing import NamedTuple
 
 from config import ConfigError
 from ingest.class_names import DEFAULT_TEMPLATES, choose_templates, imagenet_ids, imagenet_names
-from ingest.folders import some
+from ingest.folders import amount, some
 
 WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
 NUMBER = re.compile(r"\d{1,9}", re.ASCII)
@@ -19,8 +20,9 @@ class Classes(NamedTuple):
     """The classes of a set.
 
     kind            of what names them on the disk, for people
-    labels          {what names a class on the disk: its number, from 0 to the number of names}
-    names           list of str, which stand in the prompts
+    labels          {what names a class on the disk: its number, an index into names}
+    names           n str, which stand in the prompts
+    names_from      the file of the names, or "open_clip", or "the folders' names", for people
     templates       the prompts, list of str, in which {c} stands for the name of a class
     templates_from  the file of the templates, or "open_clip"; "" for the default one
     """
@@ -28,24 +30,26 @@ class Classes(NamedTuple):
     kind: str
     labels: dict
     names: list
+    names_from: str
     templates: list
     templates_from: str = ""
 
 
-NO_CLASSES = Classes(kind="", labels={}, names=[], templates=DEFAULT_TEMPLATES)
+NO_CLASSES = Classes(kind="", labels={}, names=[], names_from="", templates=DEFAULT_TEMPLATES)
 
 
-def classes_of(keys, lists, where):
+def classes_of(keys, lists, where, keys_from):
     """What names the classes on the disk -> Classes.
 
-    keys: a set of str. lists: ingest.class_names.Lists. where: the set, for the messages. Raises
-    ConfigError for keys that belong to no class, and for a list that does not fit or is missing.
+    keys: a set of str. lists: ingest.class_names.Lists. where: the set, for the messages.
+    keys_from: "the folders' names", for people. Raises ConfigError for keys that belong to no
+    class, and for a list that does not fit or is missing.
     """
     if any(WORDNET_ID.fullmatch(key) for key in keys):
         return wordnet_classes(keys, lists, where)
     if all(NUMBER.fullmatch(key) for key in keys):
         return numbered_classes(keys, lists, where)
-    return named_classes(keys, lists, where)
+    return named_classes(keys, lists, where, keys_from)
 
 
 def wordnet_classes(ids, lists, where):
@@ -62,9 +66,9 @@ def wordnet_classes(ids, lists, where):
 
     order = sorted(ids)
     numbers = [number_of[wordnet_id] for wordnet_id in order]
-    names = imagenet_names(numbers, lists, where)
+    names, names_from = imagenet_names(numbers, lists, where)
     templates = choose_templates(lists, is_imagenet=True)
-    return Classes("WordNet ids", numbered(order), names, *templates)
+    return Classes("WordNet ids", numbered(order), names, names_from, *templates)
 
 
 def numbered_classes(keys, lists, where):
@@ -72,44 +76,53 @@ def numbered_classes(keys, lists, where):
     labels = {key: int(key) for key in keys}
     largest = max(labels.values())
     if set(labels.values()) == set(range(1000)):
-        names = imagenet_names(range(1000), lists, where)
+        names, names_from = imagenet_names(range(1000), lists, where)
         templates = choose_templates(lists, is_imagenet=True)
-        return Classes("numbers of ImageNet's classes", labels, names, *templates)
+        return Classes("numbers of ImageNet's classes", labels, names, names_from, *templates)
 
     if not lists.names:
         raise ConfigError(
-            f"{where}: its {len(keys):,} classes are numbers up to {largest:,}, which are "
+            f"{where}: its classes ({len(keys):,}) are numbers up to {largest:,}, which are "
             "ImageNet's if all of 0 to 999 are there: otherwise give their names, line n for "
             "class n - 1, in classnames.txt beside it or by --eval_names=FILE"
         )
     if largest >= len(lists.names):
         raise ConfigError(
-            f"{where} has a class {largest:,}, but {lists.names_path} has {len(lists.names):,} "
-            "lines: classes are counted from 0, or the list belongs to another set"
+            f"{where} has a class {largest:,}, but {lists.names_path} has "
+            f"{amount(len(lists.names), 'line')}: classes are counted from 0, or the list "
+            "belongs to another set"
         )
-    return Classes("numbers", labels, lists.names, *choose_templates(lists))
+    if 0 not in labels.values():
+        warn(
+            f"no image in {where} has class 0: classes are counted from 0, line n of "
+            f"{lists.names_path} names class n - 1; are these counted from 1?"
+        )
+    templates = choose_templates(lists)
+    return Classes("numbers", labels, lists.names, lists.names_from, *templates)
 
 
-def named_classes(keys, lists, where):
+def named_classes(keys, lists, where, keys_from):
     """As classes_of. A list may hold the names themselves, or others in the order of the keys."""
     order = sorted(keys)
     own_names = [key.replace("_", " ") for key in order]
     templates = choose_templates(lists)
     if not lists.names:
-        return Classes("names", numbered(order), own_names, *templates)
+        return Classes("names", numbered(order), own_names, keys_from, *templates)
 
     line_of = {}
     for number, name in enumerate(lists.names):
         line_of.setdefault(name.replace("_", " ").lower(), number)
     lines = [line_of.get(name.lower()) for name in own_names]
     if None not in lines:
-        return Classes("names", dict(zip(order, lines)), lists.names, *templates)
+        labels = dict(zip(order, lines))
+        return Classes("names", labels, lists.names, lists.names_from, *templates)
 
     if len(lists.names) != len(order):
         raise ConfigError(
-            f"{lists.names_path} has {len(lists.names):,} lines, but {where} has {len(order):,} "
-            f"classes, of which the list lacks {order[lines.index(None)]!r}: give the names of all "
-            "classes, or one line for each in the sorted order of the folders or labels"
+            f"{lists.names_path} has {amount(len(lists.names), 'line')}, but {where} has "
+            f"{amount(len(order), 'class', 'classes')}, of which the list lacks "
+            f"{order[lines.index(None)]!r}: give the names of all classes, or one line for each in "
+            "the sorted order of the folders or labels"
         )
     for number, line in enumerate(lines):
         if line not in (None, number):
@@ -118,9 +131,19 @@ def named_classes(keys, lists, where):
                 f"{line + 1} is {lists.names[line]!r}, but {order[number]!r} is number "
                 f"{number + 1} in sorted order"
             )
-    return Classes("names", numbered(order), lists.names, *templates)
+    if not lists.names_given and set(lines) == {None}:
+        warn(
+            f"{lists.names_path} has none of the names on the disk: {where} has {some(order)}, the "
+            f"list {some(lists.names)}; they are matched in this order. If the list belongs to "
+            "another set, give the right one by --eval_names=FILE"
+        )
+    return Classes("names", numbered(order), lists.names, lists.names_from, *templates)
 
 
 def numbered(keys):
     """-> {key: its place in the list}."""
     return {key: number for number, key in enumerate(keys)}
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr, flush=True)

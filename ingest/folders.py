@@ -21,15 +21,15 @@ OTHER_CAPTIONS = {"caption", "cap", "text"}
 class Listing(NamedTuple):
     """The names of what is in a folder, each list sorted. Hidden files and folders are left out.
 
-    images      files that can be read
-    unread      images of a kind that is not read
-    others      all other files
-    folders     folders, and links to folders
+    images              files that can be read
+    unsupported_images  images of a kind that is not read
+    other_files         all other files
+    folders             folders, and links to folders
     """
 
     images: list
-    unread: list
-    others: list
+    unsupported_images: list
+    other_files: list
     folders: list
 
 
@@ -48,6 +48,14 @@ def list_folder(path):
     return listing
 
 
+def list_if_readable(path):
+    """-> Listing of a folder; empty if it cannot be read, as folders of many users often are."""
+    try:
+        return list_folder(path)
+    except ConfigError:
+        return Listing([], [], [], [])
+
+
 def add_entry(listing, entry):
     if entry.name.startswith("."):
         return
@@ -59,9 +67,9 @@ def add_entry(listing, entry):
     if extension in IMAGES:
         listing.images.append(entry.name)
     elif extension in OTHER_IMAGES:
-        listing.unread.append(entry.name)
+        listing.unsupported_images.append(entry.name)
     else:
-        listing.others.append(entry.name)
+        listing.other_files.append(entry.name)
 
 
 def extension_of(name):
@@ -74,6 +82,12 @@ def some(names, count=3):
     names = list(names)
     dots = ", ..." if len(names) > count else ""
     return ", ".join(names[:count]) + dots
+
+
+def amount(number, singular, plural=""):
+    """A number of things, for a message: "1 image", "1,000 images". plural: if it is no -s."""
+    noun = singular if number == 1 else plural or singular + "s"
+    return f"{number:,} {noun}"
 
 
 # ---- a folder in place of shards ----

@@ -105,6 +105,9 @@ def load_index(
         place = path or index_file(urls[0], pattern, evaluation)
         sources.append((pattern, urls, os.path.abspath(place)))
     files = {place: IndexFile(place) for _, _, place in sources}
+    if evaluation and not path:
+        for _, urls, place in sources:
+            files[place].use_index_beside(urls[0])
 
     counter = ShardCounter(kinds, caption_key, verify, count_remote or evaluation, progress)
     try:
@@ -275,6 +278,15 @@ class IndexFile:
             self.known = unfinished
         self.saved_at = time.monotonic()
 
+    def use_index_beside(self, url):
+        """Take the counts that are not known here from an index of ours beside a shard, if any."""
+        beside = index_beside(url)
+        if not is_local(url) or not is_our_index(beside):
+            return
+        for name, entry in read_index(beside).items():
+            path = os.path.join(os.path.dirname(beside), name)
+            self.known.setdefault(self.name_of(path), entry)
+
     def count(self, counter, pattern, urls):
         """Count those shards of a pattern that are not known -> Index.
 
@@ -351,8 +363,8 @@ def index_file(url, pattern, evaluation=False):
     """Where the index of a pattern is kept, of which `url` is the first shard -> path.
 
     Training shards in a folder where one may write: index.json beside the first shard, so that the
-    set can be copied or shared with its index. Evaluation sets often belong to others: the cache,
-    unless an index that we wrote is beside the shards. Read-only folders and remote shards: the
+    set can be copied or shared with its index. Evaluation sets often belong to others: the cache;
+    an index that we wrote beside the shards is read only. Read-only folders and remote shards: the
     cache, which is $FASTCLIP_CACHE, $XDG_CACHE_HOME/fastclip or ~/.cache/fastclip.
     """
     if not is_local(url):
@@ -360,13 +372,17 @@ def index_file(url, pattern, evaluation=False):
         is_command = url.startswith("pipe:")
         return cache_file(pattern if is_command else os.path.dirname(url))
 
-    folder = os.path.dirname(os.path.abspath(url))
-    beside = os.path.join(folder, "index.json")
+    beside = index_beside(url)
+    folder = os.path.dirname(beside)
     if evaluation:
-        return beside if is_our_index(beside) else cache_file(folder)
+        return cache_file(folder)
     if os.path.exists(beside) or is_writable(folder):
         return beside
     return cache_file(folder)
+
+
+def index_beside(url):
+    return os.path.join(os.path.dirname(os.path.abspath(url)), "index.json")
 
 
 def cache_file(source):

@@ -11,19 +11,19 @@ import os
 from collections import Counter
 
 from config import ConfigError
-from ingest.folders import extension_of, list_folder, some
+from ingest.folders import extension_of, list_if_readable
 from ingest.images import IMAGES
-from ingest.left_out import NO_CAPTION, NOT_READ, NOT_THERE, check_share
+from ingest.left_out import NO_SENTENCE, NOT_READ, NOT_THERE, check_share
 from ingest.sources import ImageFiles
 
 SPLIT = "test"
-LOOKED_INTO = 65536  # characters of a JSON file, to see what it is
+HEAD_CHARACTERS = 65536  # characters of a JSON file, to see what it is
 
 
 def karpathy_files(folder, listing):
     """-> the paths of the files in a folder, with this Listing, that are of this form."""
     paths = []
-    for name in listing.others:
+    for name in listing.other_files:
         path = os.path.join(folder, name)
         if extension_of(name) == "json" and looks_like_split(path):
             paths.append(path)
@@ -34,7 +34,7 @@ def looks_like_split(path):
     """Whether a JSON file begins as one of Karpathy's. They are large, others may be larger."""
     try:
         with open(path, encoding="utf-8") as f:
-            start = f.read(LOOKED_INTO)
+            start = f.read(HEAD_CHARACTERS)
     except (OSError, UnicodeDecodeError):
         return False
     return '"images"' in start and '"sentences"' in start and '"split"' in start
@@ -48,8 +48,11 @@ def find_karpathy(path, allowed):
     """
     entries = read_split(path)
     root = os.path.dirname(os.path.abspath(path))
-    folders = image_folders(root, {folder_name(entry) for entry in entries})
-    found = find_images(entries, folders)
+    found = locate_images(entries, folders_in(root, entries))
+    if "" in found:
+        # The folder above may be large, and belong to others.
+        beside = folders_in(os.path.dirname(root), entries)
+        found = locate_images(entries, [*folders_in(root, entries), *beside])
 
     paths = []
     texts = []
@@ -64,7 +67,7 @@ def find_karpathy(path, allowed):
         elif extension not in IMAGES:
             left_out[f"{extension} {NOT_READ}"] += 1
         elif not captions:
-            left_out[f"{extension} {NO_CAPTION}"] += 1
+            left_out[f"{extension} {NO_SENTENCE}"] += 1
         else:
             paths.append(os.path.relpath(image, root))
             texts.append(captions)
@@ -73,7 +76,7 @@ def find_karpathy(path, allowed):
     source = ImageFiles(root, paths, f"Karpathy's split, {name}", texts=texts, left_out=left_out)
     where = path
     if missing:
-        where = f"{path}: {missing[0]} is in none of {some(folders, 8)}"
+        where = f"{path}: {missing[0]} is neither in {root} nor in a folder in it or beside it"
     check_share(where, source, allowed, "images")
     return source
 
@@ -88,7 +91,9 @@ def read_split(path):
     """-> the entries of the images of the split "test", a list of dicts with "filename"."""
     try:
         with open(path, encoding="utf-8") as f:
-            images = json.load(f)["images"]
+            content = json.load(f)
+        check_is_not_cocos(path, content)
+        images = content["images"]
         splits = Counter(str(entry["split"]) for entry in images)
         entries = [entry for entry in images if entry["split"] == SPLIT]
         for entry in entries:
@@ -104,6 +109,15 @@ def read_split(path):
         names = ", ".join(f"{count:,} {name}" for name, count in splits.most_common(8))
         raise ConfigError(f"{path} has no image of the split {SPLIT!r}, but {names or 'none'}")
     return entries
+
+
+def check_is_not_cocos(path, content):
+    """ConfigError if the content of a JSON file is COCO's own, as captions_val2014.json."""
+    if isinstance(content, dict) and "annotations" in content:
+        raise ConfigError(
+            f"{path} is COCO's own file, with annotations, and not a file of Karpathy's splits, "
+            "which say what is tested: take his dataset_coco.json"
+        )
 
 
 def check_entry(entry):
@@ -129,23 +143,21 @@ def folder_name(entry):
     return os.path.basename(str(entry.get("filepath", "")).rstrip("/"))
 
 
-def image_folders(root, names):
-    """Where the images may lie -> list of folders, the nearest first.
+def folders_in(place, entries):
+    """Where images may lie -> list of folders: `place`, those in it, and those in these by name.
 
-    root: the folder of the file. names: of the folders that the file names.
+    The entries have the names. A place that cannot be listed counts as empty.
     """
-    folders = [root]
-    for parent in (root, os.path.dirname(root)):
-        for name in list_folder(parent).folders:
-            folder = os.path.join(parent, name)
-            folders.append(folder)
-            folders += [os.path.join(folder, inner) for inner in sorted(names) if inner]
-
-    existing = [folder for folder in folders if os.path.isdir(folder)]
-    return list(dict.fromkeys(existing))
+    names = {folder_name(entry) for entry in entries} - {""}
+    folders = [place]
+    for name in list_if_readable(place).folders:
+        folder = os.path.join(place, name)
+        inside = [os.path.join(folder, inner) for inner in sorted(names)]
+        folders += [folder, *filter(os.path.isdir, inside)]
+    return folders
 
 
-def find_images(entries, folders):
+def locate_images(entries, folders):
     """-> the path of each entry's image, "" if it is in none of the folders.
 
     A folder of the name that the entry gives goes before all others. A file name that occurs twice

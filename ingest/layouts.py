@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import config as configs
@@ -20,14 +21,22 @@ from config import ConfigError, or_exit
 from ingest.class_folders import find_class_folders, find_objectnet
 from ingest.class_names import (
     CLASS_NAMES,
-    Files,
+    ListFiles,
     choose_templates,
     find_beside,
     find_lists,
     read_lines,
 )
 from ingest.classes import NO_CLASSES, Classes
-from ingest.folders import extension_of, files_below, list_folder, no_shards
+from ingest.folders import (
+    MAX_FILES,
+    amount,
+    extension_of,
+    files_below,
+    list_folder,
+    no_shards,
+    some,
+)
 from ingest.index import load_index
 from ingest.karpathy import find_karpathy, karpathy_files
 from ingest.labels import LABEL_FILES, find_flat_folder, find_labelled_images
@@ -38,6 +47,8 @@ from ingest.urls import expand, file_path, is_local, scheme_of, split_patterns
 NUM_SHARDS = "nshards.txt"
 DATASET_TYPE = "dataset_type.txt"
 
+ARCHIVES = {"zip", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"}
+
 NUM_SHOWN = 8  # classes that the command shows
 
 # Parts of a path that many sets have, and that do not name any.
@@ -45,7 +56,7 @@ COMMON_PARTS = {"val", "test", "images", "shards", "data"}
 
 EXPECTED = """expected is one of:
   CLASS/IMAGE: a folder per class, named by WordNet id, number or name
-  images, and a .csv, .tsv or .txt with FILE LABEL per line, in the folder or above
+  images, and a .csv, .tsv or .txt with FILE LABEL per line, put or linked beside their folder
   *.tar: shards of KEY.jpg with KEY.cls, KEY.txt or KEY.json, and classnames.txt
   test/nshards.txt and test/{0..n}.tar: a CLIP_benchmark or DataComp folder
   dataset_flickr30k.json or dataset_coco.json, and their images
@@ -55,11 +66,13 @@ EXPECTED = """expected is one of:
 class EvaluationSet(NamedTuple):
     """A set that can be read.
 
-    name        as config.eval_data names it (then is_named is True); else made of its path
-    where       what config.eval_data gives as its place, for messages
-    source      its samples
-    names       of the classes, list of str; empty without a class list
-    templates   prompts, list of str, in which {c} stands for the name of a class
+    name            as config.eval_data names it (then is_named is True); else made of its path
+    where           what config.eval_data gives as its place, for messages
+    source          its samples
+    names           of the classes, list of str; empty without a class list
+    templates       prompts, list of str, in which {c} stands for the name of a class
+    names_from      where the names come from, for people: "classnames.txt", "open_clip"
+    templates_from  likewise; "" for the default template
     """
 
     name: str
@@ -68,6 +81,8 @@ class EvaluationSet(NamedTuple):
     names: list
     templates: list
     is_named: bool
+    names_from: str = ""
+    templates_from: str = ""
 
 
 def find_set(name, patterns, c, progress=lambda where: None):
@@ -78,10 +93,11 @@ def find_set(name, patterns, c, progress=lambda where: None):
 
     To be called on one rank: it prints what is odd about the class list, and may have to read a
     whole set of tars. progress(where) is called as the work goes on. Raises what load_index raises,
-    and ConfigError if there is no set, if too much of it would be left out, and for a class list or
-    templates that cannot be used.
+    and ConfigError if there is no set or are several, if it has only one class, if too much of it
+    would be left out, and for a class list or templates that cannot be used.
     """
-    files = Files(file_for(name, c.eval_names), file_for(name, c.eval_templates))
+    check_is_one_place(patterns)
+    lists_given = ListFiles(file_for(name, c.eval_names), file_for(name, c.eval_templates))
     load_shards = partial(
         load_index,
         caption_key=c.caption_key,
@@ -93,10 +109,11 @@ def find_set(name, patterns, c, progress=lambda where: None):
     path = local_path(patterns)
     progress(f"looking at {where}")
     if path:
-        source, classes = find_at(path, files, c, load_shards)
+        source, classes = find_at(path, lists_given, c, load_shards)
     else:
-        source, classes = find_shards(patterns, files, c, load_shards)
+        source, classes = find_shards(patterns, lists_given, c, load_shards)
 
+    check_number_of_classes(where, classes)
     if isinstance(source, ImageFiles):
         check_share(where, source, c.allow_left_out, "images or their list")
         if source.left_out:
@@ -109,8 +126,10 @@ def find_set(name, patterns, c, progress=lambda where: None):
         names=classes.names,
         templates=classes.templates,
         is_named=bool(name),
+        names_from=classes.names_from,
+        templates_from=classes.templates_from,
     )
-    print(describe(found, classes.templates_from), flush=True)
+    print(describe(found), flush=True)
     return found
 
 
@@ -120,14 +139,57 @@ def file_for(name, option):
 
 
 def local_path(patterns):
-    """The one folder or file that is given as a place, if it exists; "" for patterns of shards."""
+    """The absolute path of the one folder or file that is given as a place, if it exists; else "".
+
+    So that the folder above it is known, also of "." and of "val/".
+    """
     if len(split_patterns(patterns)) != 1:
         return ""
     (path,) = split_patterns(patterns)
     if scheme_of(path) == "file":
         path = file_path(path)
     path = os.path.expanduser(path)
-    return path if os.path.exists(path) else ""
+    return os.path.abspath(path) if os.path.exists(path) else ""
+
+
+def check_is_one_place(patterns):
+    """ConfigError if the place of one set is several that exist, and not all of them are shards."""
+    if local_path(patterns):
+        return
+    places = []
+    for pattern in split_patterns(patterns):
+        if os.path.exists(os.path.expanduser(pattern)):
+            places.append(pattern)
+        else:
+            places += re.split(r"[\s,]+", pattern.strip(" ,[]()"))
+
+    all_exist = all(os.path.exists(os.path.expanduser(place)) for place in places)
+    all_are_shards = all(place.endswith(".tar") for place in places)
+    if len(places) > 1 and all_exist and not all_are_shards:
+        raise ConfigError(
+            f"eval_data names several places as one set: give each a name, {as_sets(places)}"
+        )
+
+
+def as_sets(places):
+    """Places of sets -> what to write, with a name for each: --eval_data="{'a': 'A', 'b': 'B'}"."""
+    sets = {}
+    for place in places:
+        name = name_of((place,))
+        while name in sets:
+            name += "-2"
+        sets[name] = place
+    return f'--eval_data="{sets}"'
+
+
+def check_number_of_classes(where, classes):
+    """ConfigError if zero-shot classification had one class to choose from."""
+    if len(classes.names) == 1:
+        raise ConfigError(
+            f"{where}: there is only one class, {classes.names[0]!r} ({classes.names_from}), among "
+            "which nothing can be told apart. In a table of several columns, the first line says "
+            "which are meant, as in filename,split,label"
+        )
 
 
 def name_of(patterns):
@@ -147,34 +209,38 @@ def name_of(patterns):
     return "set"
 
 
-def describe(found, templates_from=""):
-    """An EvaluationSet -> one line: what it is, and how much."""
+def describe(found):
+    """An EvaluationSet -> one line: what it is, how much, and where its lists come from."""
     source = found.source
-    parts = [source.description, f"{source.num_samples:,} images"]
+    parts = [source.description, amount(source.num_samples, "image")]
     if isinstance(source, ImageFiles) and source.texts:
-        parts.append(f"{sum(map(len, source.texts)):,} captions")
+        parts.append(amount(sum(map(len, source.texts)), "caption"))
     if found.names:
-        number = len(found.templates)
-        origin = f" ({templates_from})" if templates_from else ""
-        parts.append(f"{len(found.names):,} classes")
-        parts.append(f"{number:,} template{'s' if number > 1 else ''}{origin}")
+        classes = amount(len(found.names), "class", "classes")
+        templates = amount(len(found.templates), "template")
+        parts.append(classes + in_brackets(found.names_from))
+        parts.append(templates + in_brackets(found.templates_from))
     return f"{found.name}: {', '.join(parts)}"
+
+
+def in_brackets(text):
+    return f" ({text})" if text else ""
 
 
 # ---- which layout it is ----
 
 
-def find_at(path, files, c, load_shards):
+def find_at(path, lists_given, c, load_shards):
     """A folder or file -> (source, Classes). Raises ConfigError if it is no set."""
     if os.path.isfile(path):
-        return find_in_file(path, files, c, load_shards)
+        return find_in_file(path, lists_given, c, load_shards)
 
     benchmark = benchmark_folder(path)
     if benchmark:
         pattern = benchmark_shards(benchmark)
-        return find_shards((pattern,), files, c, load_shards, is_benchmark=True)
+        return find_shards((pattern,), lists_given, c, load_shards, is_benchmark=True)
 
-    objectnet = find_objectnet(path, files)
+    objectnet = find_objectnet(path, lists_given)
     if objectnet:
         return objectnet
 
@@ -185,58 +251,78 @@ def find_at(path, files, c, load_shards):
     if captions:
         return find_karpathy(captions[0], c.allow_left_out), NO_CLASSES
 
-    if any(extension_of(name) == "tar" for name in listing.others):
+    if any(extension_of(name) == "tar" for name in listing.other_files):
         pattern = os.path.join(glob.escape(path), "*.tar")
-        return find_shards((pattern,), files, c, load_shards)
-    return find_images(path, listing, files)
+        return find_shards((pattern,), lists_given, c, load_shards)
+    return find_image_folder(path, listing, lists_given)
 
 
-def find_in_file(path, files, c, load_shards):
+def find_in_file(path, lists_given, c, load_shards):
     """As find_at, of a file."""
     extension = extension_of(path)
     if extension == "tar":
-        return find_shards((path,), files, c, load_shards)
+        return find_shards((path,), lists_given, c, load_shards)
     if extension == "json":
         return find_karpathy(path, c.allow_left_out), NO_CLASSES
     if extension in LABEL_FILES:
-        return find_labelled_images(path, files)
+        return find_labelled_images(path, lists_given)
+    if extension in ARCHIVES:
+        raise ConfigError(f"{path} is an archive: unpack it, and give the folder")
     raise ConfigError(
         f"{path} is no evaluation set: expected is a folder, a .tar, a .json of Karpathy's splits, "
         "or a .csv, .tsv or .txt with the labels of images"
     )
 
 
-def find_images(path, listing, files):
+def find_image_folder(path, listing, lists_given):
     """As find_at, of a folder that may hold images, in a folder per class or flat."""
-    found = find_class_folders(path, listing, files) or find_flat_folder(path, listing, files)
+    found = find_class_folders(path, listing, lists_given)
+    if not found:
+        found = find_flat_folder(path, listing, lists_given)
     if found:
         return found
 
     # One folder of images beside their list, as in TinyImageNet's val.
     for name in listing.folders:
         folder = os.path.join(path, name)
-        found = find_flat_folder(folder, list_folder(folder), files)
+        found = find_flat_folder(folder, list_folder(folder), lists_given)
         if found:
             return found
 
+    raise ConfigError(why_no_set(path, listing))
+
+
+def why_no_set(path, listing):
+    """A folder in which no layout was found, and its Listing -> the message."""
+    sets = benchmark_folders_below(path)
+    if len(sets) > 1:
+        return f"{path} holds several sets: give each a name, {as_sets(sets)}"
+    if sets:
+        return f"{path} holds a set in a folder: give {sets[0]}"
     if any(file.endswith(".tar") for file in files_below(path)):
-        raise ConfigError(no_shards(path))
-    raise ConfigError(f"{path} holds no evaluation set, but {contents_of(listing)}; {EXPECTED}")
+        return no_shards(path)
+
+    files = listing.unsupported_images + listing.other_files
+    if not files and not listing.folders:
+        return f"{path} is an empty folder; {EXPECTED}"
+    archives = [name for name in files if extension_of(name) in ARCHIVES]
+    advice = f"unpack {some(archives)}; " if archives else ""
+    return f"{path} holds no evaluation set, but {contents_of(files, listing)}; {advice}{EXPECTED}"
 
 
-def contents_of(listing):
+def contents_of(files, listing):
     """What is in a folder, for a message: "3 folders, 12 txt"."""
-    counts = Counter()
-    if listing.folders:
-        counts["folders"] = len(listing.folders)
-    counts.update(extension_of(name) or "other files" for name in listing.unread + listing.others)
-    return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common(8)) or "nothing"
+    parts = [amount(len(listing.folders), "folder")] if listing.folders else []
+    counts = Counter(extension_of(name) for name in files)
+    for extension, count in counts.most_common(8):
+        parts.append(f"{count:,} {extension}" if extension else amount(count, "other file"))
+    return ", ".join(parts)
 
 
 # ---- tar shards ----
 
 
-def find_shards(patterns, files, c, load_shards, is_benchmark=False):
+def find_shards(patterns, lists_given, c, load_shards, is_benchmark=False):
     """Patterns of tar shards -> (source, Classes).
 
     is_benchmark: the shards are those of a CLIP_benchmark folder, which must have class names
@@ -249,7 +335,7 @@ def find_shards(patterns, files, c, load_shards, is_benchmark=False):
             f"{folder}: {DATASET_TYPE} says multilabel: sets with several classes per image are "
             "not evaluated here; CLIP_benchmark can do that on an export"
         )
-    lists = find_lists(folder, files)
+    lists = find_lists(folder, lists_given)
     if is_benchmark and kind != "retrieval" and not lists.names:
         raise ConfigError(
             f"{folder}: a CLIP_benchmark folder without {DATASET_TYPE} is for zero-shot "
@@ -260,7 +346,7 @@ def find_shards(patterns, files, c, load_shards, is_benchmark=False):
         print(f"{lists.templates_path} is not used: there are no class names", flush=True)
 
     source = TarSamples(load_shards(patterns), c.caption_key)
-    classes = Classes("KEY.cls", {}, lists.names, *choose_templates(lists))
+    classes = Classes("KEY.cls", {}, lists.names, lists.names_from, *choose_templates(lists))
     return source, classes
 
 
@@ -279,6 +365,20 @@ def benchmark_folder(path):
     return ""
 
 
+def benchmark_folders_below(path):
+    """-> the folders of CLIP_benchmark that lie in a folder, also deep in it.
+
+    Of a large folder, only the first MAX_FILES files are looked at.
+    """
+    found = []
+    for file in islice(files_below(path), MAX_FILES):
+        folder, name = os.path.split(file)
+        if name == NUM_SHARDS:
+            is_in_test = os.path.basename(folder) == "test"
+            found.append(os.path.dirname(folder) if is_in_test else folder)
+    return found
+
+
 def benchmark_shards(folder):
     """A folder with nshards.txt -> the pattern of its shards. ConfigError if one is missing."""
     path = os.path.join(folder, NUM_SHARDS)
@@ -291,8 +391,8 @@ def benchmark_shards(folder):
     missing = [name for name in shards if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         raise ConfigError(
-            f"{folder}: {NUM_SHARDS} says {number:,} shards, of which {len(missing):,} are "
-            f"missing, {missing[0]} for example: fetch them"
+            f"{folder}: {NUM_SHARDS} says {amount(number, 'shard')}, but {len(missing):,} of them "
+            f"cannot be found, {missing[0]} for example: fetch what is missing"
         )
     return os.path.join(glob.escape(folder), f"{{0..{number - 1}}}.tar")
 
@@ -301,17 +401,30 @@ def folder_of_shards(patterns):
     """The folder of a set's first shard. Raises ConfigError if the patterns are of several sets.
 
     Several patterns are one set if all shards lie in one folder. One pattern is one set, wherever
-    its shards lie.
+    its shards lie, unless their folders have different class names, or each its own nshards.txt.
     """
-    folders = [folder_of(url) for url in expand(patterns)]
-    if len(split_patterns(patterns)) > 1 and len(set(folders)) > 1:
-        other = next(folder for folder in folders if folder != folders[0])
-        raise ConfigError(
-            f"eval_data names several sets, one in {folders[0]} and another in {other}, which "
-            "would be merged into one result: give each a name, "
-            "--eval_data=\"{'a': 'A/*.tar', 'b': 'B/*.tar'}\""
-        )
-    return folders[0]
+    folders = list(dict.fromkeys(folder_of(url) for url in expand(patterns)))
+    if len(folders) == 1:
+        return folders[0]
+
+    places = split_patterns(patterns)
+    counted = [folder for folder in folders if os.path.isfile(os.path.join(folder, NUM_SHARDS))]
+    class_lists = {class_list(folder) for folder in folders}
+    if len(places) == 1 and len(counted) <= 1 and len(class_lists) == 1:
+        return folders[0]
+
+    if len(places) == 1:
+        places = [os.path.join(folder, "*.tar") for folder in folders]
+    raise ConfigError(
+        f"eval_data names several sets, one in {folders[0]} and another in {folders[1]}, which "
+        f"would be merged into one result: give each a name, {as_sets(places)}"
+    )
+
+
+def class_list(folder):
+    """The lines of the class list for a folder, as a tuple; empty if there is none."""
+    path = find_beside(folder, CLASS_NAMES)
+    return tuple(read_lines(path)) if path else ()
 
 
 def folder_of(url):
@@ -325,14 +438,14 @@ def folder_of(url):
 def main(argv):
     if not argv or argv[0].startswith("--"):
         raise ConfigError("usage: python -m ingest.layouts PLACE [--key=value ...]")
-    c = replace(configs.load(argv[1:]), eval_data=(argv[0],))
+    c = replace(configs.load(argv[1:], saved={}), eval_data=(argv[0],))
     found = find_set("", c.eval_data, c)
 
     # Which class a sample in a tar has is known only after reading it.
     labels = getattr(found.source, "labels", None) or []
     numbers = Counter(labels)
     for number, name in enumerate(found.names[:NUM_SHOWN]):
-        images = f", {numbers[number]:,} images" if labels else ""
+        images = f", {amount(numbers[number], 'image')}" if labels else ""
         print(f"  class {number}: {name}{images}")
     if found.names:
         print(f"  prompt: {found.templates[0].replace('{c}', found.names[0])}")

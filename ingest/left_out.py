@@ -19,6 +19,7 @@ ALL_IMAGES = IMAGES | OTHER_IMAGES
 # The reasons, and what to do about each.
 NOT_READ = "of a kind that is not read"
 NO_CAPTION = "without caption"
+NO_SENTENCE = "without a sentence"
 NO_IMAGE = "without image"
 ONLY_JSON = "with KEY.json but without KEY.txt"
 ONLY_TXT = "with KEY.txt but without KEY.json"
@@ -34,6 +35,7 @@ REMEDIES = {
         "add it in the same folder, as KEY.txt or, with caption_key, in KEY.json; for eval_data, "
         "a class will do, KEY.cls"
     ),
+    NO_SENTENCE: "add sentences to their entries in the JSON file, or take the entries out of it",
     NO_IMAGE: "add it in the same folder, as KEY.jpg",
     ONLY_JSON: "set caption_key to the entry that holds the caption",
     ONLY_TXT: "leave caption_key out",

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from typing import NamedTuple
 
+from ingest.folders import amount
 from ingest.images import BadSample
 from ingest.reader import Reader, ShardError
 from ingest.tar import MAX_IMAGE_BYTES, captions
@@ -44,7 +45,7 @@ class TarSamples:
         self.num_samples = index.num_samples
         self.left_out = index.left_out
         self.shards = index.shards
-        self.description = f"{len(index.shards):,} tar shards"
+        self.description = amount(len(index.shards), "tar shard")
 
     def reader(self, stride=1):
         """-> a reader of samples at rising positions, `stride` apart."""

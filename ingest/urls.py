@@ -140,10 +140,7 @@ def existing_files(pattern, names):
     missing = [path for path in paths if not os.path.exists(path)]
     if len(missing) == len(paths):
         check_is_one_pattern(pattern)
-        raise ConfigError(
-            f"{pattern} matches no file, as seen from {os.getcwd()}: correct the pattern"
-            f"{hint_at_files(paths[0] if paths else pattern)}"
-        )
+        raise ConfigError(nothing_there(pattern, paths))
     if missing:
         raise ConfigError(
             f"{pattern}: {missing[0]} does not exist, {len(missing)} of {len(paths)} shards are "
@@ -153,6 +150,20 @@ def existing_files(pattern, names):
         if os.path.isdir(path):
             raise ConfigError(no_shards(path))
     return paths
+
+
+def nothing_there(pattern, paths):
+    """A pattern of which no file exists -> the message.
+
+    paths: what it stands for; none if it has a * that matches nothing.
+    """
+    hint = hint_at_files(paths[0] if paths else pattern)
+    is_plain = paths == [os.path.expanduser(pattern)]
+    if is_plain and os.path.islink(paths[0]):
+        return f"{pattern} is a link to {os.readlink(paths[0])}, where nothing is"
+    if is_plain:
+        return f"there is no file or folder {pattern}, as seen from {os.getcwd()}{hint}"
+    return f"{pattern} matches no file, as seen from {os.getcwd()}: correct the pattern{hint}"
 
 
 def hint_at_files(path):

@@ -7,7 +7,9 @@
 The result of a set is a dict of
 
     name                                        of the set
+    eval_data, found                            its place, and what was found there
     images, captions, classes, templates        how many were used
+    names_from, templates_from                  where the class names and the prompts come from
     left_out                                    {reason: number of samples}
     notes                                       sentences on why it may not be what it seems
     zeroshot_top1, _top5, _mean_per_class       shares, 0 to 1, if it has classes

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import sys
 
 import pytest
 
@@ -60,6 +61,7 @@ def test_the_papers_figures():
         (["--batch_size=1.5"], "batch_size = 1.5 is of type float; it must be int"),
         (["--compile=1"], "must be True or False or 'auto'"),
         (["--lr"], "write --key=value"),
+        (["--eval_data=", "val"], "write --key=value, here --eval_data=val"),
         (["--lr", "1e-3"], "write --key=value, here --lr=1e-3"),
         (["--train-data=a.tar"], "write --key=value, here --train_data=a.tar"),
         (["--resume_changes"], "write --key=value, here --resume_changes=True"),
@@ -217,6 +219,29 @@ def test_the_tests_that_the_table_of_faults_names_exist():
             assert f"def test_{name}(" in sources, row
             named += 1
     assert named > 60
+
+
+def test_words_after_a_folder_are_no_config():
+    with pytest.raises(ConfigError, match="unexpected word 'x.py': a folder comes first"):
+        config.load(["x.py"], saved={})
+
+
+def test_a_reader_who_has_seen_enough_leaves_no_traceback(monkeypatch):
+    """`| head` closes the pipe of standard output; another broken pipe is an error of its own."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr("sys.stdout", os.fdopen(writing, "w"))
+    with pytest.raises(BrokenPipeError):
+        config.or_exit(broken_pipe)
+
+    os.close(reading)
+    with pytest.raises(SystemExit) as end:
+        config.or_exit(print, "a line")
+    assert end.value.code == 141
+    sys.stdout.close()
+
+
+def broken_pipe():
+    raise BrokenPipeError
 
 
 def test_ctrl_c_leaves_no_traceback():

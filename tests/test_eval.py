@@ -676,7 +676,7 @@ def test_why_there_is_no_zero_shot_classification_is_said(tmp_path, capsys):
     assert "templates.txt is not used: there are no class names" in out
     assert "no classnames.txt beside the shards" in out
 
-    (tmp_path / "a" / "classnames.txt").write_text("red")
+    (tmp_path / "a" / "classnames.txt").write_text("red\nblue")
     evaluate(with_class, str(tmp_path / "run"))
     assert "1 of 3 images have no class (KEY.cls)" in capsys.readouterr().out
     assert written(tmp_path / "run")["templates"] == 0
@@ -734,7 +734,7 @@ def test_wrong_words_and_folders_are_refused_before_the_evaluation(tmp_path, set
     train(run, sets, max_steps=1)
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: pytest.fail("evaluated"))
 
-    with pytest.raises(ConfigError, match="unexpected word '0.tar': after the folder"):
+    with pytest.raises(ConfigError, match="unexpected word '0.tar': a folder comes first"):
         evaluation.main([run, "0.tar"])
 
     (tmp_path / "file").write_text("")

@@ -177,13 +177,23 @@ def test_the_index_of_an_evaluation_set_goes_to_the_cache(tmp_path, own_cache, c
     assert len(counted) == 2
 
 
-def test_an_evaluation_set_uses_our_index_beside_its_shards(tmp_path, own_cache, counted):
+def test_an_evaluation_set_only_reads_our_index_beside_its_shards(tmp_path, own_cache, counted):
     pattern = write_shards(tmp_path / "a", (3, 4))
+    file = tmp_path / "a" / "index.json"
+    load_index(pattern, evaluation=True, path=str(file))
+    assert counts(pattern, evaluation=True) == [3, 4]
+    assert len(counted) == 2
+    assert not own_cache.exists()
+
+    # Counts that it lacks, here those of an index for training, go into the cache.
+    file.unlink()
     load_index(pattern)
+    content = file.read_bytes()
     for _ in range(2):
         assert counts(pattern, evaluation=True) == [3, 4]
-    assert len(counted) == 4  # of txt, and of txt or cls
-    assert not own_cache.exists()
+    assert len(counted) == 6
+    assert file.read_bytes() == content
+    assert len(list(own_cache.glob("*.json"))) == 1
 
 
 @pytest.mark.parametrize("content", ['{"wids_version": 1}', '{"shards": {}}', "[", "\0"])
@@ -223,7 +233,7 @@ def test_folders_with_similar_names_have_their_own_files_in_the_cache(tmp_path, 
 
 def test_all_patterns_are_looked_at_before_one_is_counted(tmp_path, counted):
     good = write_shards(tmp_path / "a", (3,))
-    refused((good, f"{tmp_path}/none.tar"), "none.tar matches no file")
+    refused((good, f"{tmp_path}/none.tar"), "there is no file or folder .*none.tar")
     assert counted == []
     assert os.listdir(tmp_path / "a") == ["00000.tar"]
 
@@ -345,7 +355,7 @@ def test_command_line(tmp_path, capsys):
     index.main([pattern, pattern, "--caption_key", "texts"])
     assert "16 samples in 4 shards" in capsys.readouterr().out
     assert (tmp_path / "a" / "index.json").exists()
-    with pytest.raises(SystemExit, match="error: .*b.tar matches no file"):
+    with pytest.raises(SystemExit, match="error: there is no file or folder .*b.tar"):
         or_exit(index.main, [str(tmp_path / "b.tar")])
 
 
@@ -478,7 +488,7 @@ def test_several_names_in_one_string(tmp_path, monkeypatch):
 
     os.rename("00000.tar", "a b.tar")
     assert counts("a b.tar") == [1]
-    refused("some words", "matches no file")
+    refused("some words", "there is no file or folder some words")
 
 
 def write_files(folder, *names):

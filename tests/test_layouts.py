@@ -117,7 +117,8 @@ def test_a_folder_per_class_read_by_workers(as_folders, capfd):
     assert found.names == ["tench", "goldfish", "tabby cat", "strawberry"]
     assert len(found.templates) == 80 and found.templates[0] == "a bad photo of a {c}."
     assert capfd.readouterr().out == (
-        "imagenet: folder per class (WordNet ids), 12 images, 4 classes, 80 templates (open_clip)\n"
+        "imagenet: folder per class (WordNet ids), 12 images, 4 classes (open_clip), "
+        "80 templates (open_clip)\n"
     )
 
     here = read_all(found)
@@ -179,7 +180,7 @@ def test_the_same_pictures_as_shards(as_folders, tmp_path):
 def test_numbers_and_names_in_a_flat_folder(tmp_path):
     folder = write(tmp_path / "set", "a.jpg", "b.png", "c.jpg")
     numbers = write_list(tmp_path / "set" / "val.txt", ["a.jpg 0", "b.png 2", "c.jpg 2"])
-    refused(folder, "its 2 classes are numbers up to 2", "--eval_names=FILE")
+    refused(folder, "its classes (2) are numbers up to 2", "--eval_names=FILE")
 
     names = write_list(tmp_path / "names", ["dog", "cat", "sea lion"])
     expected = {"a.jpg": "dog", "b.png": "sea lion", "c.jpg": "sea lion"}
@@ -195,6 +196,48 @@ def test_numbers_and_names_in_a_flat_folder(tmp_path):
     found = find(folder, eval_names=str(names))
     assert found.names == ["dog", "cat", "sea lion"]
     assert label_names(found) == expected
+
+
+def test_the_titles_of_a_table_say_which_columns_are_meant(tmp_path):
+    folder = write(tmp_path / "set", "a.jpg", "b.jpg")
+    tables = [
+        ["Filename,split,label", "a.jpg,val,cat", "b.jpg,val,dog"],
+        ["id\tClass\tImage_ID", "1\tcat\ta", "2\tdog\tb"],
+    ]
+    for lines in tables:
+        write_list(folder / "val.csv", lines)
+        assert label_names(find(folder)) == {"a.jpg": "cat", "b.jpg": "dog"}
+
+    write_list(folder / "val.csv", ["a.jpg,val,cat", "b.jpg,val,dog"])
+    refused(folder, "only one class, 'val' (the labels in val.csv)", "filename,split,label")
+    write_list(folder / "val.csv", ["split,wnid,path", "val,cat"])
+    refused(folder, "its line 2 is not FILE LABEL: 'val cat'")
+
+
+def test_numbers_that_may_be_counted_from_1(tmp_path, capfd):
+    folder = write(tmp_path / "set", "a.jpg", "b.jpg")
+    names = write_list(tmp_path / "names", ["ape", "bee", "cat", "dog"])
+    write_list(folder / "val.txt", ["a.jpg 1", "b.jpg 2"])
+    found = find(folder, eval_names=str(names))
+    assert label_names(found) == {"a.jpg": "bee", "b.jpg": "cat"}
+    assert "has class 0: classes are counted from 0" in capfd.readouterr().err
+
+    write_list(folder / "val.txt", ["a.jpg 0", "b.jpg 2"])
+    find(folder, eval_names=str(names))
+    assert not capfd.readouterr().err
+
+
+def test_kaggles_imagenet_as_it_is_unpacked(tmp_path):
+    root = tmp_path / "kaggle"
+    images = write(root / "ILSVRC" / "Data" / "CLS-LOC" / "val", "a.JPEG", "b.JPEG")
+    table = ["ImageId,PredictionString", f"a,{IDS[0]} 1 2 3 4", f"b,{IDS[1]} 1 2 3 4"]
+    path = write_list(root / "LOC_val_solution.csv", table)
+    assert label_names(find(path)) == {"a.JPEG": "tench", "b.JPEG": "goldfish"}
+
+    refused(images, "2 images and no folder per class", "put or link the list beside the folder")
+    refused(root, "1 folder, 1 csv", "FILE LABEL per line, put or linked beside their folder")
+    os.symlink(path, images.parent / "val.csv")
+    assert label_names(find(images)) == {"a.JPEG": "tench", "b.JPEG": "goldfish"}
 
 
 def test_the_devkits_numbers_need_its_meta_mat(as_folders, tmp_path):
@@ -276,7 +319,7 @@ def test_sketch_and_v2_have_1000_classes(tmp_path):
 
     # A part of it would be without names.
     os.rename(tmp_path / name / "999", tmp_path / "999")
-    refused(tmp_path / name, "its 999 classes are numbers up to 998", "all of 0 to 999")
+    refused(tmp_path / name, "its classes (999) are numbers up to 998", "all of 0 to 999")
 
 
 def test_objectnet_has_113_classes(tmp_path):
@@ -299,6 +342,11 @@ def test_objectnet_has_113_classes(tmp_path):
         assert not found.source.left_out
         assert len(found.templates) == 80
         assert found.name == "objectnet-1.0"
+
+    os.rename(mappings, tmp_path / "mappings")
+    for place in (root, root / "images"):
+        refused(place, "has ObjectNet's name", "put ObjectNet's folder mappings")
+    os.rename(tmp_path / "mappings", mappings)
 
     names = write_list(tmp_path / "names.txt", shared[:100])
     refused(root, "names.txt has 100 lines, but ObjectNet shares 113", eval_names=str(names))
@@ -356,6 +404,60 @@ def test_names_and_templates_by_hand_come_first(as_folders, tmp_path):
     c = Config(eval_data={"one": place, "two": place}, eval_names=names)
     assert find_set("one", (place,), c).names == ["a", "b", "c", "d"]
     assert find_set("two", (place,), c).names[0] == "tench"
+
+
+def test_where_names_and_templates_come_from_is_said(tmp_path, capfd):
+    root = write_classes(tmp_path / "up" / "pets", ["cat", "dog"])
+    found = find(root)
+    assert (found.names_from, found.templates_from) == ("the folders' names", "")
+    assert "2 images, 2 classes (the folders' names), 1 template\n" in capfd.readouterr().out
+
+    # The names belong to some other set.
+    write_list(root.parent / "classnames.txt", ["red", "green"])
+    write_list(root / "zeroshot_classification_templates.txt", ["a {}", "the {}"])
+    found = find(root)
+    assert found.names_from == "classnames.txt in the folder above"
+    printed = capfd.readouterr()
+    assert (
+        "2 classes (classnames.txt in the folder above), "
+        "2 templates (zeroshot_classification_templates.txt)\n"
+    ) in printed.out
+    assert "has none of the names on the disk" in printed.err
+    assert "has cat, dog, the list red, green;" in printed.err
+
+    # Nobody is warned of a list that was given, or that fits.
+    names = write_list(tmp_path / "hand.txt", [" red ", "green"])
+    found = find(root, eval_names=str(names))
+    assert (found.names, found.names_from) == (["red", "green"], str(names))
+    write_list(root / "classnames.txt", ["a cat", "dog"])
+    assert find(root).names_from == "classnames.txt"
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_a_place_is_the_same_however_it_is_spelt(tmp_path, monkeypatch):
+    root = write_classes(tmp_path / "up" / "pets", ["cat", "dog"])
+    write_list(tmp_path / "up" / "classnames.txt", ["a cat", "a dog"])
+    monkeypatch.chdir(root)
+    for place in (root, f"{root}/", ".", "./", "../pets", "../../up//pets/"):
+        found = find(place)
+        assert found.names == ["a cat", "a dog"], place
+        assert found.name == "pets"
+
+
+def test_lists_that_hold_something_else_are_refused(tmp_path):
+    root = write_classes(tmp_path / "set", IDS[:2])
+    kaggle = ["n01440764 tench, Tinca tinca", "n01443537 goldfish, Carassius auratus"]
+    names = write_list(tmp_path / "LOC_synset_mapping.txt", kaggle)
+    refused(root, "lists WordNet ids, 'n01440764 tench", "leave it out", eval_names=str(names))
+    refused(root, "there is no file", "did you mean 'LOC_syn", eval_names=f"{names}x")
+    refused(root, f"{root} cannot be read: Is a directory", eval_names=str(root))
+
+    prompts = tmp_path / "prompts.txt"
+    for line in ('    lambda c: f"a photo of a {c}.",', "'a photo of a {}',", 'f"a {c}"'):
+        write_list(prompts, [line])
+        refused(root, "line 1", "is Python: write the prompt alone", eval_templates=str(prompts))
+    write_list(prompts, ["lambda {c}", '"{c}" in a photo'])
+    assert find(root, eval_templates=str(prompts)).templates == ["lambda {c}", '"{c}" in a photo']
 
 
 def test_without_open_clip_names_are_asked_for(as_folders, tmp_path, monkeypatch):
@@ -456,11 +558,12 @@ def test_one_folder_of_images_beside_its_list(tmp_path):
     write_list(root / "val_annotations.txt", rows)
     assert label_names(find(root)) == {"val_0.JPEG": "tench", "val_1.JPEG": "goldfish"}
 
-    root = write(tmp_path / "two", "train/0.png", "test/0.png")
-    path = write_list(root / "metadata.csv", ["file,label", "train/0.png,cat", "test/0.png,dog"])
+    root = write(tmp_path / "two", "train/0.png", "test/0.png", "test/1.png")
+    lines = ["file,label", "train/0.png,cat", "test/0.png,dog", "test/1.png,eel"]
+    path = write_list(root / "metadata.csv", lines)
     refused(path, "the images of several folders", "two/test", "two/train")
     found = find(root / "test")
-    assert label_names(found) == {"0.png": "dog"}
+    assert label_names(found) == {"0.png": "dog", "1.png": "eel"}
 
 
 # ---- captions ----
@@ -504,7 +607,12 @@ def test_flickr30k(tmp_path, place, capfd):
     )
 
     os.remove(root / place / "1.jpg")
-    refused(given, "1.jpg is in none of", str(root), "1 of 2 samples", "1 jpg not on the disk")
+    refused(
+        given,
+        f"1.jpg is neither in {root} nor in a folder in it or beside it",
+        "1 of 2 samples",
+        "1 jpg not on the disk",
+    )
     assert find(given, allow_left_out=0.5).source.num_samples == 1
 
 
@@ -526,7 +634,36 @@ def test_coco_has_two_folders_of_images(tmp_path):
     }
 
     os.remove(tmp_path / "coco" / "images" / "val2014" / "1.jpg")
-    refused(tmp_path / "coco", "1.jpg is in none of", "1 of 3 samples")
+    refused(tmp_path / "coco", "1.jpg is neither in", "1 of 3 samples")
+
+
+def test_the_folder_above_is_looked_into_only_for_what_is_missing(tmp_path, monkeypatch):
+    """It may be large, or not to be listed, as those of many users are."""
+    looked_into = []
+    listed = os.scandir
+
+    def scandir(path):
+        looked_into.append(str(path))
+        if str(path) == str(tmp_path):
+            raise PermissionError("no")
+        return listed(path)
+
+    monkeypatch.setattr("ingest.folders.os.scandir", scandir)
+    path = karpathy(tmp_path / "a" / "x.json", [("1.jpg", None, "test", ["A cow"])])
+    image = write(tmp_path / "a" / "images", "1.jpg") / "1.jpg"
+    for place in (path, path.parent):
+        found = find_set("", (str(place),), Config())
+        assert found.source.paths == ["images/1.jpg"]
+    assert str(tmp_path) not in looked_into
+
+    os.remove(image)
+    with pytest.raises(ConfigError, match="1.jpg is neither in"):
+        find_set("", (str(path),), Config())
+    assert str(tmp_path) in looked_into
+
+    flat = write(tmp_path / "flat", "1.jpg")
+    with pytest.raises(ConfigError, match="no file has their labels"):
+        find_set("", (str(flat),), Config())
 
 
 def test_captions_that_cannot_be_used(tmp_path):
@@ -534,7 +671,12 @@ def test_captions_that_cannot_be_used(tmp_path):
     refused(path, "no image of the split 'test', but 1 train")
     karpathy(tmp_path / "a" / "y.json", [("1.jpg", None, "test", ["A cow"])])
     refused(tmp_path / "a", "holds several sets", "x.json", "y.json")
-    refused(write_list(path, ['{"annotations": []}']), "not a file of Karpathy's splits")
+    refused(write_list(path, ['{"images": 1}']), "not a file of Karpathy's splits")
+    coco = write_list(path, ['{"images": [{"file_name": "1.jpg"}], "annotations": []}'])
+    refused(coco, "is COCO's own file", "take his dataset_coco.json")
+    write(tmp_path / "a", "1.jpg")
+    karpathy(path, [("1.jpg", None, "test", [" "])])
+    refused(path, "1 jpg without a sentence: add sentences to their entries in the JSON file")
     karpathy(path, [("../1.jpg", None, "test", ["A cow"])])
     refused(path, "'../1.jpg' is no file name")
 
@@ -547,7 +689,7 @@ def test_folders_of_clip_benchmark(tmp_path):
     captions = [("0.jpg", picture(0, "jpg")), ("0.txt", b"A cat\nOne cat\n")]
     write_list(root / "test" / "nshards.txt", ["2"])
     write_tar(root / "test" / "0.tar", captions)
-    refused(root, "nshards.txt says 2 shards, of which 1 are missing, 1.tar")
+    refused(root, "nshards.txt says 2 shards, but 1 of them cannot be found, 1.tar")
 
     write_list(root / "test" / "nshards.txt", ["1"])
     refused(root, "no classnames.txt", "--eval_names=FILE")
@@ -561,6 +703,32 @@ def test_folders_of_clip_benchmark(tmp_path):
     refused(root / "test" / "{0..0}.tar", "says multilabel")
     write_list(root / "test" / "nshards.txt", ["many"])
     refused(root, "must hold the number of shards, and holds 'many'")
+
+
+def test_several_sets_are_not_merged_into_one(tmp_path):
+    root = tmp_path / "sets"
+    for name in ("ant", "bee"):
+        write_list(root / name / "classnames.txt", [f"small {name}", f"large {name}"])
+        write_list(root / name / "test" / "nshards.txt", ["1"])
+        files = [("0.jpg", picture(0, "jpg")), ("0.cls", b"0")]
+        write_tar(root / name / "test" / "0.tar", files)
+    sets = {name: f"{root}/{name}" for name in ("ant", "bee")}
+    refused(root, "holds several sets", f'--eval_data="{sets}"')
+    refused(f"{root}/ant {root}/bee", f'give each a name, --eval_data="{sets}"')
+    with pytest.raises(ConfigError, match="give each a name"):
+        find_set("", tuple(sets.values()), Config())
+
+    # One pattern is one set, unless its folders say otherwise.
+    pattern = f"{root}/*/test/*.tar"
+    shards = {name: f"{root}/{name}/test/*.tar" for name in ("ant", "bee")}
+    refused(pattern, "several sets", "merged into one result", f'--eval_data="{shards}"')
+    names = shutil.copy(root / "ant" / "classnames.txt", root / "bee" / "classnames.txt")
+    refused(pattern, "merged into one result")
+    os.remove(root / "bee" / "test" / "nshards.txt")
+    assert find(pattern).source.num_samples == 2
+    write_list(names, ["small bee", "large bee"])
+    refused(pattern, "merged into one result")
+    refused(root, f"holds a set in a folder: give {root}/ant")
 
 
 def test_several_classes_per_image_without_a_word_beside(tmp_path):
@@ -577,14 +745,19 @@ def test_places_that_hold_no_set(tmp_path):
     write(tmp_path / "code", "a.py", "b.py", "c/d.txt", "e")
     refused(
         tmp_path / "code",
-        "holds no evaluation set, but 2 py, 1 folders, 1 other files",
+        "holds no evaluation set, but 1 folder, 2 py, 1 other file",
         "CLASS/IMAGE: a folder per class",
         "dataset_coco.json",
     )
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds no evaluation set, but nothing")
+    refused(tmp_path / "empty", "is an empty folder")
     refused(tmp_path / "code" / "a.py", "a.py is no evaluation set: expected is a folder, a .tar")
-    refused(tmp_path / "codes", "matches no file", "did you mean 'code'?")
+    refused(tmp_path / "codes", "there is no file or folder", "did you mean 'code'?")
+    write(tmp_path / "packed", "val.zip")
+    refused(tmp_path / "packed", "but 1 zip; unpack val.zip; expected is")
+    refused(tmp_path / "packed" / "val.zip", "val.zip is an archive: unpack it")
+    os.symlink(tmp_path / "gone", tmp_path / "link")
+    refused(tmp_path / "link", "link is a link to", "gone, where nothing is")
     write(tmp_path / "shards", "x/0.tar", "y/0.tar")
     refused(tmp_path / "shards", "is a folder: give its shards", "shards/*/*.tar")
 
@@ -631,7 +804,7 @@ def test_the_command_shows_what_is_there(as_folders, tmp_path, capfd):
     names = write_list(tmp_path / "names.txt", ["a", "b", "c", "d"])
     layouts.main([str(as_folders), f"--eval_names={names}"])
     assert "class 3: d, 3 images" in capfd.readouterr().out
-    with pytest.raises(SystemExit, match="error: .* matches no file"):
+    with pytest.raises(SystemExit, match="error: there is no file or folder"):
         config.or_exit(layouts.main, [str(tmp_path / "nothing")])
 
 
