@@ -157,7 +157,8 @@ LAYERS = [  # from the bottom; a name without a dot stands for all files of a fo
     {"eval"},
     {"runtime.plan"},
     {"train"},
-    {"tools", "bench"},
+    {"bench"},
+    {"tools"},
 ]
 # fmt: on
 

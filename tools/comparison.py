@@ -152,12 +152,18 @@ def difference_columns(cell, reference, scale):
     if not len(differences):
         return ["", "", ""]
 
-    columns = [f"{differences.mean():+.1f}"]
+    columns = [signed(differences.mean())]
     if len(differences) == 1:
         return [*columns, "", ""]
     for low, high in (t_interval(differences), bootstrap_interval(differences)):
-        columns.append(f"{low:+.1f} to {high:+.1f}")
+        columns.append(f"{signed(low)} to {signed(high)}")
     return columns
+
+
+def signed(number):
+    """A number with its sign and one decimal, but no sign for zero: -0.04 -> "0.0"."""
+    text = f"{number:+.1f}"
+    return text[1:] if float(text) == 0 else text
 
 
 def explanation(suite):
@@ -286,7 +292,9 @@ def draw_series(axis, name, points):
     means = [values.mean() for _, values in points]
     (line,) = axis.plot([place for place, _ in points], means, label=name)
     for place, values in points:
-        axis.plot([place] * len(values), values, "o", markersize=3.5, color=line.get_color())
+        axis.plot(
+            [place] * len(values), values, "o", markersize=3.5, alpha=0.6, color=line.get_color()
+        )
 
 
 def draw_curves(axis, suite, cells):

@@ -1,7 +1,7 @@
 """Records: what is kept of a run of a suite, a compressed JSON file of a few kB to be committed.
 
     suite, series, x, seed          which run it is
-    settings                        all of them, but for the job's own (out_dir, ...)
+    settings                        all that may change what a run finds
     curve                           {step, samples, objective, mbcl, tau, gamma: list}, 200 at most
     evaluations                     [{step, samples, eval/...}], all of them
     seconds, samples_per_second     of the training, without evaluations and restarts

@@ -28,7 +28,7 @@ from config import ConfigError
 from runtime.log import duration
 from runtime.plots import read_metrics
 from tools import records
-from tools.suites import settings_of
+from tools.suites import Run, settings_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, "train.py")
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 class Child(NamedTuple):
     """A run that is going on."""
 
-    run: NamedTuple  # suites.Run
+    run: Run
     place: Place
     process: subprocess.Popen
     commit: str  # of the code that it runs
@@ -58,13 +58,13 @@ class Child(NamedTuple):
 def places(jobs=0, jobs_per_gpu=1):
     """The places for `jobs` runs at a time; 0: one per core or, if there are GPUs, those of each.
 
-    Raises ConfigError if there would be none.
+    Raises ConfigError for numbers that are not positive.
     """
+    if jobs < 0 or jobs_per_gpu < 1:
+        raise ConfigError(f"--jobs {jobs}, --jobs_per_gpu {jobs_per_gpu}: they must be positive")
     gpus = visible_gpus() * jobs_per_gpu
     cores = harness.cores()
     jobs = jobs or len(gpus) or cores
-    if jobs < 0:
-        raise ConfigError(f"--jobs {jobs}, --jobs_per_gpu {jobs_per_gpu}: they must be positive")
 
     threads = max(1, cores // jobs)
     if gpus:

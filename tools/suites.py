@@ -27,8 +27,19 @@ from config import ConfigError, require
 RUNS = os.path.join("runs", "experiments")  # where a suite is run, in a folder of its own
 MAX_SEEDS = 10
 
-# Settings that change nothing of what a run finds. `workers` is the runner's, see tools/runner.py.
-OTHER_KEYS = (*configs.JOB_KEYS, "workers")
+# Settings that change nothing of what a run finds, only how it is run, saved and shown.
+OTHER_KEYS = (
+    *configs.JOB_KEYS,
+    "workers",
+    "save_steps",
+    "save_minutes",
+    "save_background",
+    "keep",
+    "log_steps",
+    "tensorboard",
+    "wandb",
+    "timeout",
+)
 
 
 class Run(NamedTuple):
