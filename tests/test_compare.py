@@ -190,6 +190,20 @@ def test_a_second_signal_ends_runs_that_do_not_listen(project):
     assert "recorded" not in states().values()
 
 
+def test_a_run_is_complete_with_its_last_evaluation(project):
+    run = read_suite("experiments/tiny.py").runs[0]
+    assert not runner.is_complete(run)
+    os.makedirs(run.folder)
+    with open(run.folder + "/metrics.jsonl", "w", buffering=1) as f:
+        f.write('{"step": 5, "epoch": 1.0}\n{"step": 5, "eval/zeroshot_top1": 0.1}\n')
+        assert runner.share_done(run) == 0.5
+        assert not runner.is_complete(run)
+        f.write('{"step": 10, "epoch": 2.0}\n')
+        assert not runner.is_complete(run)
+        f.write('{"step": 10, "eval/zeroshot_top1": 0.2}\n')
+        assert runner.is_complete(run)
+
+
 def test_a_failed_run_is_named_and_the_others_go_on(project, capsys):
     suite = project / "experiments" / "tiny.py"
     suite.write_text(SUITE.replace("(1.0, 2.0)", "(13.0, 2.0)"))

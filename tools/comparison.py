@@ -134,7 +134,7 @@ def table(suite, cells):
             cell.series,
             mean_and_spread(suite.measure, cell.last),
             mean_of(suite.measure, cell.best),
-            f"{np.mean(list(cell.tau.values())):.3f}",
+            f"{array_of(cell.tau).mean():.3f}",
         ]
         columns += difference_columns(cell, reference, factor(suite.measure))
         lines.append(row_text(columns[: len(heading)]))
@@ -200,16 +200,24 @@ def name_of(measure):
     return measure.rpartition("/")[2]
 
 
-def mean_of(measure, values):
-    return f"{np.mean(list(values.values())) * factor(measure):.1f}"
+def array_of(by_seed):
+    """{seed: number} -> (n,)."""
+    return np.array(list(by_seed.values()))
 
 
-def mean_and_spread(measure, values):
+def mean_of(measure, by_seed):
+    """{seed: value} -> "39.4"."""
+    mean = array_of(by_seed).mean() * factor(measure)
+    return f"{mean:.1f}"
+
+
+def mean_and_spread(measure, by_seed):
     """{seed: value} -> "39.4 ± 0.6 (3)"."""
-    spread = ""
-    if len(values) > 1:
-        spread = f" ± {np.std(list(values.values()), ddof=1) * factor(measure):.1f}"
-    return f"{mean_of(measure, values)}{spread} ({len(values)})"
+    mean = mean_of(measure, by_seed)
+    if len(by_seed) == 1:
+        return f"{mean} (1)"
+    spread = array_of(by_seed).std(ddof=1) * factor(measure)
+    return f"{mean} ± {spread:.1f} ({len(by_seed)})"
 
 
 def write_section(page, name, text):
@@ -260,15 +268,15 @@ def draw_against_x(axis, suite, cells):
     """A line through the means of each series, and a small point for each seed."""
     own_xs = [cell.x for cell in cells.values() if cell.series not in suite.at_last_tau]
     places = places_of(own_xs)
-    scale = factor(suite.measure)
 
     for series in suite.series:
         points = []
         for cell in cells.values():
             if cell.series == series:
-                at_tau = series in suite.at_last_tau
-                place = np.mean(list(cell.tau.values())) if at_tau else places[cell.x]
-                points.append((place, np.array(list(cell.last.values())) * scale))
+                at_last_tau = series in suite.at_last_tau
+                place = array_of(cell.tau).mean() if at_last_tau else places[cell.x]
+                values = array_of(cell.last) * factor(suite.measure)
+                points.append((place, values))
         draw_series(axis, series, points)
 
     if suite.log_x:
@@ -287,22 +295,27 @@ def places_of(xs):
 
 
 def draw_series(axis, name, points):
-    """points: [(place on the axis, a value for each seed)]."""
+    """A line and its points. points: [(place on the axis, a value for each seed (n,))]."""
     points = sorted(points, key=lambda point: point[0])
+    places = [place for place, _ in points]
     means = [values.mean() for _, values in points]
-    (line,) = axis.plot([place for place, _ in points], means, label=name)
+    (line,) = axis.plot(places, means, label=name)
+
+    color = line.get_color()
     for place, values in points:
-        axis.plot(
-            [place] * len(values), values, "o", markersize=3.5, alpha=0.6, color=line.get_color()
-        )
+        same_place = np.full(len(values), place)
+        axis.plot(same_place, values, "o", markersize=3.5, alpha=0.6, color=color)
 
 
 def draw_curves(axis, suite, cells):
     """The mean over seeds of each evaluation, against the samples seen, a line for each case."""
     for cell in cells.values():
-        samples, _ = next(iter(cell.curves.values()))
-        values = [values for _, values in cell.curves.values() if len(values) == len(samples)]
-        means = np.mean(values, axis=0) * factor(suite.measure)
+        # All runs of a case evaluate at the same steps.
+        curves = list(cell.curves.values())
+        samples, _ = curves[0]
+        values = np.array([values for _, values in curves])  # (seeds, evaluations)
+
+        means = values.mean(axis=0) * factor(suite.measure)
         axis.plot(samples, means, marker="o", markersize=3, label=f"{cell.series}, {cell.x}")
     axis.set_xlabel("samples seen")
 
