@@ -1,5 +1,7 @@
 # Does FastCLIP win at small batches, and does its lead shrink as the batch grows? All runs see the
 # same number of samples. experiments/tune_batch_size.py chose the settings, on other data.
+#
+# 72 runs, 9 core-hours (on a core of 2026: 440, 750, 910, 1,050, 1,370 and 1,340 samples/s).
 title = "Zero-shot top-1 on the unseen style against the batch size, at equal samples seen"
 base = "../configs/emoji.py"
 seeds = (1, 2, 3)

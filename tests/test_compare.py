@@ -370,6 +370,24 @@ def test_the_table_and_the_picture(project):
     assert (project / "results.md").read_text() == text
 
 
+def test_series_may_be_drawn_at_their_temperature_and_compared_with_nothing(project):
+    import matplotlib.pyplot as plt
+
+    text = 'reference = {}\nlog_x = True\nat_last_tau = ("v3",)\n'
+    (project / "experiments" / "tiny.py").write_text(SUITE + text)
+    run_suite()
+    suite = read_suite("experiments/tiny.py")
+    cells = comparison.cells_of(suite, records.current(suite))
+    assert "difference" not in comparison.table(suite, cells)
+
+    figure, axis = plt.subplots()
+    comparison.draw_against_x(axis, suite, cells)
+    lines = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+    assert lines["v3"] == [0.07, 0.07]
+    assert lines["v2"] == [1.0, 2.0]
+    plt.close(figure)
+
+
 def test_a_page_without_a_place_is_refused(project):
     with pytest.raises(ConfigError, match="add the lines <!-- other -->"):
         comparison.write_section("results.md", "other", "text")

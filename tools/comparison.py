@@ -121,9 +121,10 @@ def section(suite, records):
 
 def table(suite, cells):
     """A row for each case -> markdown. cells: of cells_of."""
-    with_pairs = len(suite.seeds) > 1
-    heading = [suite.x_label, "series", name_of(suite.measure), "best", "last tau", "difference"]
-    if with_pairs:
+    heading = [suite.x_label, "series", name_of(suite.measure), "best", "last tau"]
+    if suite.reference:
+        heading += ["difference"]
+    if suite.reference and len(suite.seeds) > 1:
         heading += ["95 % interval (t)", "bootstrap"]
 
     lines = [row_text(heading), row_text(["---"] * len(heading))]
@@ -248,17 +249,21 @@ def draw(suite, cells, path):
     import matplotlib.pyplot as plt
 
     panels = 2 if suite.curves else 1
+    height = 4.6 + 0.05 * len(suite.series)
     figure, axes = plt.subplots(
-        1, panels, figsize=(7 * panels, 4.6), squeeze=False, layout="constrained"
+        1, panels, figsize=(7.5 * panels, height), squeeze=False, layout="constrained"
     )
     draw_against_x(axes[0, 0], suite, cells)
+    # Below, because a suite may have many series.
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     if suite.curves:
         draw_curves(axes[0, 1], suite, cells)
+        axes[0, 1].legend(fontsize=7)
+
     for axis in axes.flat:
         axis.set_ylabel(label_of(suite.measure))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(suite.title)
+    figure.suptitle(suite.title, fontsize=10)
     # Without the version of matplotlib, which the file otherwise names.
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

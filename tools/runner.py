@@ -99,8 +99,8 @@ class Runner:
         self.stopping = False
 
         self.count = len(runs)
-        self.done = 0.0  # runs ended, for the time left
-        self.done_before = sum(share_done(run) for run in runs)  # by earlier jobs
+        self.ended = 0
+        self.done_before = self.runs_done()  # by earlier jobs
         self.started = time.monotonic()
         self.shown_at = self.started
 
@@ -144,6 +144,7 @@ class Runner:
         os.makedirs(os.path.dirname(run.folder), exist_ok=True)
         options = [f"--out_dir={run.folder}", "--resume=auto", f"--workers={place.workers}"]
 
+        commit = report.commit()
         environment = {**os.environ, "OMP_NUM_THREADS": str(place.threads)}
         if place.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = place.gpu
@@ -157,8 +158,10 @@ class Runner:
                 # A Ctrl-C at the terminal must reach them once, from here.
                 start_new_session=True,
             )
-        self.children.append(Child(run, place, process, report.commit()))
+        self.children.append(Child(run, place, process, commit))
         print(f"{run.name}: started", flush=True)
+        if self.stopping:  # a signal came before this run was in the list
+            process.send_signal(signal.SIGTERM)
 
     def collect(self):
         """Take the runs that have ended from the list: write their records, or say what failed."""
@@ -188,7 +191,7 @@ class Runner:
             return
         records.write(record, run.record)
 
-        self.done += 1
+        self.ended += 1
         value = record["evaluations"][-1][self.suite.measure]
         took = duration(record["seconds"])
         print(f"{run.name}: {self.suite.measure} {value:.4f}, {took} of training", flush=True)
@@ -199,7 +202,7 @@ class Runner:
     def fail(self, run, reason):
         """Name a run that failed, with the last lines that it printed."""
         self.failed.append(run.name)
-        self.done += 1
+        self.ended += 1
         path = run.folder + ".log"
         with open(path, errors="replace") as f:
             lines = f.read().splitlines()[-LAST_LINES:]
@@ -216,19 +219,20 @@ class Runner:
             return
         self.shown_at = now
 
-        done = self.done
-        lines = []
+        done = self.runs_done()
+        gained = done - self.done_before
+        left = "an unknown time"
+        if gained > 0:
+            left = "about " + duration((self.count - done) * (now - self.started) / gained)
+        print(f"{self.suite.name}: {done:.1f} of {self.count} runs are done, {left} left")
         for child in self.children:
             share = share_done(child.run)
-            done += share
-            lines.append(f"    {child.run.name}: {share:.0%}{self.last_value(child.run)}")
+            print(f"    {child.run.name}: {share:.0%}{self.last_value(child.run)}", flush=True)
 
-        left = "?"
-        gained = done - self.done_before
-        if gained > 0:
-            left = duration((self.count - done) * (now - self.started) / gained)
-        print(f"{self.suite.name}: {done:.1f} of {self.count} runs, about {left} left")
-        print("\n".join(lines), flush=True)
+    def runs_done(self):
+        """How many runs are done, parts of runs included."""
+        others = [*self.waiting, *(child.run for child in self.children)]
+        return self.ended + sum(share_done(run) for run in others)
 
     def last_value(self, run):
         """The newest evaluation of a run that is going on, as words; "" before the first."""
@@ -277,6 +281,10 @@ def remove_if_changed(run):
     path = os.path.join(run.folder, "config.py")
     if not os.path.exists(path):
         return
-    if settings_of(configs.load([path])) != settings_of(run.config):
+    try:
+        settings = settings_of(configs.load([path]))
+    except ConfigError:  # of an older version
+        settings = None
+    if settings != settings_of(run.config):
         print(f"{run.name}: begun with other settings than the suite has now, so from the start")
         shutil.rmtree(run.folder)

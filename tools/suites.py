@@ -10,10 +10,10 @@ A suite is plain Python, like a config. These assignments count, others are the 
     x_label     what x is
     measure     what is compared, a key of metrics.jsonl; by default eval/zeroshot_top1
     reference   the series with which the others are compared, by default the first; or a dict
-                {series: the one with which it is compared}
+                {series: the one with which it is compared}; {}: nothing is
     log_x       whether the axis of x is logarithmic
-    at_last_tau    series that are drawn at the temperature at which they end, in place of their x
     curves      whether a second panel shows the measure against the samples seen
+    at_last_tau    tuple of series that are drawn at the temperature at which they end, not at x
 """
 
 import os
@@ -66,7 +66,7 @@ class Suite(NamedTuple):
     seeds: tuple
     x_label: str
     measure: str
-    reference: dict  # {series: the one with which it is compared}
+    reference: dict  # {series: the one with which it is compared}; {}: nothing is
     log_x: bool
     at_last_tau: tuple
     curves: bool
