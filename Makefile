@@ -1,4 +1,6 @@
 # make quickstart   from nothing to a trained CLIP on the emoji set, its curves and pictures
+# make compare      then OpenCLIP on the same data, and the curves of both in one picture
+# make results      the tables and pictures of the experiments, from their records
 # make check        what to run after an edit: lint, and the tests of the files at the top level
 # make test         the whole test suite
 # make lint         ruff: style and likely bugs
@@ -11,13 +13,20 @@ RUN = .venv/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart check test lint soak clean
+.PHONY: quickstart compare results check test lint soak clean
 
 quickstart: .venv/data
 	$(RUN) -m tools.prepare emoji
 	$(RUN) train.py configs/emoji_v3.py --out_dir=runs/quickstart --resume=auto
 	$(RUN) eval.py runs/quickstart
 	@echo "  curves: runs/quickstart/curves.png"
+
+compare: quickstart
+	$(RUN) train.py configs/emoji_openclip.py --out_dir=runs/quickstart-openclip --resume=auto
+	$(RUN) -m runtime.plots runs/quickstart runs/quickstart-openclip --out=runs/compare.png
+
+results: .venv/run
+	$(RUN) -m tools.compare experiments/*.py --report
 
 check: lint .venv/data
 	$(PYTEST) -m "not slow" tests/test_config.py tests/test_dist.py tests/test_loss.py \

@@ -139,12 +139,13 @@ def package_version(name):
 
 
 def commit(folder=ROOT):
-    """The short commit of a clone, with "+" if tracked files outside assets/ are changed.
+    """The short commit of a clone, with "+" if tracked files are changed that can change results.
 
     "" if the folder is no clone, or there is no git on this machine.
     """
+    left_out = (":!assets", ":!docs", ":!experiments/*.gz", ":!experiments/*.png")
     head = git(folder, "rev-parse", "--short", "HEAD")
-    changed_files = git(folder, "status", "--porcelain", "-uno", "--", ":!assets")
+    changed_files = git(folder, "status", "--porcelain", "-uno", "--", *left_out)
     return head + "+" if changed_files else head
 
 

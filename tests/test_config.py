@@ -159,7 +159,8 @@ LAYERS = [  # from the bottom; a name without a dot stands for all files of a fo
     {"eval"},
     {"runtime.plan"},
     {"train"},
-    {"tools", "bench"},
+    {"bench"},
+    {"tools"},
 ]
 # fmt: on
 

@@ -307,6 +307,49 @@ def test_shards_are_cut_and_mixed(tmp_path):
         assert all(member.mtime == 0 for member in tar)
 
 
+# ---- its part for tuning ----
+
+
+def test_tune_holds_a_training_style_out_and_leaves_the_set_as_it_is(npm, tmp_path, monkeypatch):
+    other = {"icons": {"red-box": square("#d00", 5), "wave-dark-skin-tone": square("#a54", 5)}}
+    write_package(tmp_path / "store" / "iconify-json-bins-1.0.0.tgz", {"width": 16, **other})
+    monkeypatch.setattr(prepare, "EMOJI_TRAIN", {"boxes": "1.0.0", "bins": "1.0.0"})
+    monkeypatch.setattr(prepare, "EMOJI_TUNE", "bins")
+    out = tmp_path / "emoji"
+    build(out)
+    before = hashes(out)
+    npm.unlink()
+
+    # An interrupted run may have left a part of it.
+    (out / "tune.tmp").mkdir()
+    build(out, "--tune")
+    after = hashes(out)
+    assert not npm.exists(), "nothing is downloaded again"
+    assert {name: after[name] for name in before} == before
+    assert sorted(path.name for path in (out / "tune").iterdir()) == ["train", "val"]
+    assert not (out / "tune.tmp").exists()
+
+    train = read(out / "tune" / "train" / "00000.tar")
+    assert len(train) == 9
+    assert {json.loads(sample["json"])["source"] for sample in train} == {"boxes"}
+    val = read(out / "tune" / "val" / "00000.tar")
+    assert [(sample["txt"], sample["cls"]) for sample in val] == [(b"red box", b"0")]
+    assert (out / "tune" / "val" / "classnames.txt").read_text() == "red box\n"
+    assert val[0]["png"] in [sample["png"] for sample in read(out / "train" / "00000.tar")]
+
+    build(out, "--tune")
+    assert hashes(out) == after
+    # In one go, and built anew, it is the same.
+    build(out, "--tune", "--force")
+    assert hashes(out) == after
+
+
+def test_a_set_without_the_style_to_hold_out_cannot_be_divided(npm, tmp_path):
+    with pytest.raises(SystemExit, match="must have pictures of fluent-emoji-flat"):
+        build(tmp_path / "emoji", "--tune")
+    assert not (tmp_path / "emoji" / "tune").exists()
+
+
 # ---- what is refused ----
 
 
