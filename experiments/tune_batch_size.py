@@ -5,6 +5,8 @@
 # times three settings of its temperature. Other batch sizes take what lies between.
 #
 # 72 runs, 8 core-hours (on a core of 2026: 440 samples/s at batch 16, 910 at 64, 1,370 at 256).
+import math
+
 title = "Settings for the comparison of batch sizes, tuned on a training style that is held out"
 base = "../configs/emoji.py"
 seeds = (1,)
@@ -23,29 +25,40 @@ settings = dict(
     save_steps=0,
 )
 
-# {side: {setting of its temperature: settings}}
-SIDES = {
-    "OpenCLIP, tau learned": {
-        "from 0.07": dict(algorithm="openclip", tau_init=0.07),
-        "from 0.14": dict(algorithm="openclip", tau_init=0.14),
-        "slowly": dict(algorithm="openclip", tau_init=0.07, lr_tau=1e-4),
-    },
-    "OpenCLIP, tau constant": {
-        "0.05": dict(algorithm="openclip", tau_init=0.05, lr_tau=0.0),
-        "0.10": dict(algorithm="openclip", tau_init=0.10, lr_tau=0.0),
-        "0.14": dict(algorithm="openclip", tau_init=0.14, lr_tau=0.0),
-    },
-    "v1": {
-        "tau 0.05": dict(algorithm="fastclip-v1", tau_init=0.05),
-        "tau 0.10": dict(algorithm="fastclip-v1", tau_init=0.10),
-        "tau 0.14": dict(algorithm="fastclip-v1", tau_init=0.14),
-    },
-    "v3": {
-        "rho 2": dict(algorithm="fastclip-v3", rho=2.0, lr_tau=1e-3),
-        "rho 4": dict(algorithm="fastclip-v3", rho=4.0, lr_tau=1e-3),
-        "rho 8": dict(algorithm="fastclip-v3", rho=8.0, lr_tau=1e-3),
-    },
-}
+# Where v3's temperature settles, the distribution over an anchor's negatives, proportional to
+# exp(s_ij / tau), has the divergence rho from the uniform one: that is the condition for the
+# objective's derivative by tau to vanish. Among the N = B - 1 negatives of a batch it is at most
+# ln N. With a larger rho, tau can only fall, to its floor; the average u reaches over some more
+# batches once gamma is below 1. So rho is set at a distance below ln N: rho = ln N - d, by which
+# about exp(d) negatives count.
+DISTANCES = (0.2, 1.0, 2.0)
+
+
+def sides_at(batch):
+    """{side: {setting of its temperature: settings}} for a batch size."""
+    v3 = {}
+    for distance in DISTANCES:
+        rho = round(math.log(batch - 1) - distance, 2)
+        v3[f"d {distance}"] = dict(algorithm="fastclip-v3", rho=rho, lr_tau=1e-3)
+    return {
+        "OpenCLIP, tau learned": {
+            "from 0.07": dict(algorithm="openclip", tau_init=0.07),
+            "from 0.14": dict(algorithm="openclip", tau_init=0.14),
+            "slowly": dict(algorithm="openclip", tau_init=0.07, lr_tau=1e-4),
+        },
+        "OpenCLIP, tau constant": {
+            "0.05": dict(algorithm="openclip", tau_init=0.05, lr_tau=0.0),
+            "0.10": dict(algorithm="openclip", tau_init=0.10, lr_tau=0.0),
+            "0.14": dict(algorithm="openclip", tau_init=0.14, lr_tau=0.0),
+        },
+        "v1": {
+            "tau 0.05": dict(algorithm="fastclip-v1", tau_init=0.05),
+            "tau 0.10": dict(algorithm="fastclip-v1", tau_init=0.10),
+            "tau 0.14": dict(algorithm="fastclip-v1", tau_init=0.14),
+        },
+        "v3": v3,
+    }
+
 
 cases = []
 for batch, rates in LEARNING_RATES.items():
@@ -54,7 +67,7 @@ for batch, rates in LEARNING_RATES.items():
         warmup_steps=25_600 // batch,  # in samples, the emoji config's
         eval_steps=-(-EPOCHS * SAMPLES // batch // 4),  # four evaluations
     )
-    for side, temperatures in SIDES.items():
+    for side, temperatures in sides_at(batch).items():
         for temperature, of_side in temperatures.items():
             for lr in rates:
                 name = f"{side} {temperature}, lr {lr:g}"
