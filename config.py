@@ -266,6 +266,20 @@ JOB_KEYS = (
     "plan_price",
 )
 
+# Settings that change nothing of what a run finds, only how it is run, saved and shown.
+RUNNING_KEYS = (
+    *JOB_KEYS,
+    "workers",
+    "save_steps",
+    "save_minutes",
+    "save_background",
+    "keep",
+    "log_steps",
+    "tensorboard",
+    "wandb",
+    "timeout",
+)
+
 # What users of open_clip, and of the published FastCLIP code, may type: what to write here.
 # fmt: off
 OTHER_WORDS = {

@@ -6,7 +6,7 @@ import math
 import os
 
 import model as models
-from config import JOB_KEYS, MODEL_KEYS, Config
+from config import MODEL_KEYS, RUNNING_KEYS, Config
 from loss import get_algorithm
 
 # The first line after the title. An export has it, so that it is known as one.
@@ -25,32 +25,23 @@ IN_SENTENCES = (
 
 # Settings that do not change what is trained: the machine, and what is evaluated, saved and shown.
 NOT_OF_THE_METHOD = (
-    *JOB_KEYS,
+    *RUNNING_KEYS,
     "grad_checkpointing",
     "train_samples",
     "index_remote",
     "allow_left_out",
     "lanes",
     "shuffle_block",
-    "workers",
     "micro_batch",
     "eval_data",
     "eval_names",
     "eval_templates",
     "eval_steps",
     "eval_batch",
-    "save_steps",
-    "save_minutes",
-    "save_background",
-    "keep",
-    "log_steps",
-    "tensorboard",
-    "wandb",
     "device",
     "compile",
     "bucket_mb",
     "loss_tile",
-    "timeout",
 )
 
 # What the rows of the tables of results mean.

@@ -27,20 +27,6 @@ from config import ConfigError, require
 RUNS = os.path.join("runs", "experiments")  # where a suite is run, in a folder of its own
 MAX_SEEDS = 10
 
-# Settings that change nothing of what a run finds, only how it is run, saved and shown.
-OTHER_KEYS = (
-    *configs.JOB_KEYS,
-    "workers",
-    "save_steps",
-    "save_minutes",
-    "save_background",
-    "keep",
-    "log_steps",
-    "tensorboard",
-    "wandb",
-    "timeout",
-)
-
 
 class Run(NamedTuple):
     """One run of a suite: a case with a seed."""
@@ -206,7 +192,7 @@ def settings_of(config):
     """{key: value} of all settings on which the outcome of a run depends, as JSON knows them."""
     settings = {}
     for key in configs.HINTS:
-        if key not in OTHER_KEYS:
+        if key not in configs.RUNNING_KEYS:
             value = getattr(config, key)
             settings[key] = list(value) if isinstance(value, tuple) else value
     return settings
