@@ -14,14 +14,14 @@ text_width = 128
 text_heads = 4
 text_layers = 1
 
-batch_size = 128
+batch_size = 64  # small: where a global loss should pay
 lanes = 16  # the set has 15 shards, and each further lane reads once more through one per epoch
-epochs = 15
+epochs = 24
 lr = 1e-3
-warmup_steps = 200
+warmup_steps = 400
 weight_decay = 0.1
 
 eps_u = 1e-3
 gamma_min = 0.3  # a short run needs it large
-eval_steps = 580  # every five epochs
-save_steps = 580
+eval_steps = 1398  # every six epochs
+save_steps = 1398

@@ -1,5 +1,5 @@
 base = "emoji.py"
 algorithm = "fastclip-v2"
 tau_init = 0.05
-lr_tau = 5e-3  # a sample is visited 15 times, so tau takes 15 steps
+lr_tau = 5e-3  # a sample is visited 24 times, so tau takes 24 steps
 rho = 4.0
