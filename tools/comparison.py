@@ -28,6 +28,8 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 RESAMPLES = 10_000
 
+MAX_LINES = 10  # of a picture: matplotlib has no more colours
+
 
 class Cell(NamedTuple):
     """The records of one case: a series at one x. Each dict is {seed: number}."""
@@ -98,10 +100,15 @@ def bootstrap_interval(differences):
 def report(suite, records, page):
     """Write a suite's table into a page, and draw its picture if there is anything to draw."""
     cells = cells_of(suite, records)
-    if cells:
+    if cells and has_picture(suite):
         draw(suite, cells, suite.picture)
     write_section(page, suite.name, section(suite, records))
     print(f"{suite.name}: {len(records)} of {len(suite.runs)} runs, into {page}")
+
+
+def has_picture(suite):
+    """Whether a picture of the suite could be read. A tuning has a table only."""
+    return len(suite.series) <= MAX_LINES
 
 
 def section(suite, records):
@@ -113,7 +120,9 @@ def section(suite, records):
         return f"{suite.title}.\n\n{recorded}"
 
     image = f"![{suite.title}](../experiments/{suite.name}.png)"
-    parts = [f"{suite.title}.", image, table(suite, cells), explanation(suite)]
+    parts = [f"{suite.title}.", table(suite, cells), explanation(suite)]
+    if has_picture(suite):
+        parts.insert(1, image)
     if len(records) < len(suite.runs):
         parts.append(recorded)
     return "\n\n".join(parts)
