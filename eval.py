@@ -485,17 +485,12 @@ def result_of(data, images, measures):
 def write_files(found, pictures, c, checkpoint_name):
     """Write the results and a picture of each set. Each file is complete or as it was.
 
-    Raises ConfigError if the results cannot be written. A picture that cannot be drawn is told of:
-    the results must not be lost for it.
+    Raises ConfigError if the results cannot be written. A picture that cannot be drawn is told of.
     """
     results.write(c.out_dir, found, c.model, checkpoint_name)
 
     for path, rows in pictures.items():
-        try:
-            plots.draw_found(rows, path + ".partial")
-            os.replace(path + ".partial", path)
-        except Exception as error:
-            print(f"{path} could not be drawn: {type(error).__name__}: {error}", flush=True)
+        plots.write_picture(plots.draw_found, rows, path)
 
 
 def picture_path(c, data):

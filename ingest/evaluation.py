@@ -15,6 +15,7 @@ import torch
 from config import ConfigError, named_sets
 from ingest.images import BadSample, evaluation_image
 from ingest.layouts import find_set
+from ingest.sources import BadClass
 from ingest.workers import default_workers, run_workers
 
 NUM_LOOKED_AT = 100  # samples, before a run starts
@@ -46,13 +47,13 @@ def check_first_samples(data):
     for position in range(min(NUM_LOOKED_AT, data.source.num_samples)):
         try:
             raw = reader.read(position)
-        except BadSample as error:
-            if "class" not in str(error):
-                continue  # such samples are left out, and counted
+        except BadClass as error:
             raise ConfigError(
                 f"{data.where}: {error}: KEY.cls holds the number of a class, counted from 0 in "
                 "the order of classnames.txt"
             ) from error
+        except BadSample:
+            continue  # such samples are left out, and counted
         labels.append(raw.label)
         has_captions = has_captions or bool(raw.captions)
 

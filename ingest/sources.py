@@ -17,6 +17,10 @@ from ingest.tar import MAX_IMAGE_BYTES, captions
 MAX_CLASS_BYTES = 9  # of KEY.cls: longer numbers are not of classes
 
 
+class BadClass(BadSample):
+    """KEY.cls is not the number of a class."""
+
+
 class RawSample(NamedTuple):
     """A sample before its image is decoded.
 
@@ -60,7 +64,7 @@ class TarReader:
         self.caption_key = caption_key
 
     def read(self, position):
-        """-> RawSample. Raises ShardError, and BadSample for a class that is not a number."""
+        """-> RawSample. Raises ShardError, and BadClass for a class that is not a number."""
         files = self.reader.read(position)
         label = class_number(files)
         try:
@@ -71,12 +75,12 @@ class TarReader:
 
 
 def class_number(files):
-    """{extension: bytes} -> int, None if there is no KEY.cls. BadSample if it is not a number."""
+    """{extension: bytes} -> int, None if there is no KEY.cls. BadClass if it is not a number."""
     label = files.get("cls")
     if label is None:
         return None
     if not label.strip().isdigit() or len(label) > MAX_CLASS_BYTES:
-        raise BadSample("class is not a number")
+        raise BadClass("class is not a number")
     return int(label)
 
 

@@ -169,6 +169,18 @@ def running_mean(values, width):
 # ---- what an evaluation has found ----
 
 
+def write_picture(draw, content, path):
+    """Call draw(content, PATH), which writes a PNG: it is complete at `path`, or as it was.
+
+    A picture that cannot be drawn is told of: the results must not be lost for it.
+    """
+    try:
+        draw(content, path + ".partial")
+        os.replace(path + ".partial", path)
+    except Exception as error:
+        print(f"{path} could not be drawn: {type(error).__name__}: {error}", flush=True)
+
+
 def draw_found(rows, path):
     """Draw a line per row into a PNG: its text, then its images, framed green where they are right.
 

@@ -45,7 +45,7 @@ from ingest.evaluation import NUM_LOOKED_AT, check_class_numbers
 from ingest.images import BadSample
 from ingest.layouts import find_set
 from ingest.sources import ImageFiles
-from runtime import checkpoint, hardware, ranks, results
+from runtime import checkpoint, hardware, plots, ranks, results
 
 # C is 10 ** (n / 8) for an integer n: it is searched in eighths of a decade.
 EIGHTHS = 8
@@ -526,12 +526,7 @@ def write_files(content, c):
     path = os.path.join(c.out_dir, "clip_benchmark", results.file_name(record))
     results.write_text(path, json.dumps(record))
 
-    path = os.path.join(c.out_dir, "probe.png")
-    try:
-        draw(content, path + ".partial")
-        os.replace(path + ".partial", path)
-    except Exception as error:
-        print(f"{path} could not be drawn: {type(error).__name__}: {error}", flush=True)
+    plots.write_picture(draw, content, os.path.join(c.out_dir, "probe.png"))
 
 
 def clip_benchmark_record(content, c):
