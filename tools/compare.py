@@ -6,8 +6,9 @@
 
 A suite (tools/suites.py says what is in one) has cases and seeds; each case with each seed is a
 run. The first seed of all cases comes first, so that a suite that was cut off can be compared. The
-same command goes on where it stopped. The records (tools/records.py) are small and are committed;
-tables and pictures are made of them alone.
+same command goes on where it stopped. A run that another suite has made already, with the same
+settings, is not made again. The records (tools/records.py) are small and are committed; tables and
+pictures are made of them alone.
 
 Exit status: 1 if a run failed, 130 after Ctrl-C or SIGTERM.
 """
@@ -84,6 +85,7 @@ def run(suites, args):
     for suite in suites:
         runs = chosen(suite, args.only)
         missing = [run for run in runs if records.state_of(run).word != "recorded"]
+        missing = records.borrow(suite, missing)
         print(f"{suite.name}: {len(missing)} of {len(runs)} runs are missing", flush=True)
         runner = Runner(suite, missing, places(args.jobs, args.jobs_per_gpu), args.keep)
         runner.run()
