@@ -88,6 +88,7 @@ RELATIVES = {
     "pinhead": "healthicons",
     "vadivam": "lucide",
 }
+# Meteocons are animated, too, but their first pictures are whole.
 UNSUITABLE = {
     "cif": "names are codes of countries",
     "circle-flags": "names are codes of countries",
@@ -266,8 +267,12 @@ def draw_parts(parts: list[Part], out: Path, workers: int) -> list[dict]:
     """
     seen = set()
     records = []
+    done = [part for part in parts if part.record(out).exists()]
     progress = tqdm(
-        total=sum(len(part.samples) for part in parts), desc="rendering", unit="img", smoothing=0.05
+        total=sum(len(part.samples) for part in parts),
+        initial=sum(len(part.samples) for part in done),
+        desc="rendering",
+        unit="img",
     )
     with progress, rendering_processes(workers) as processes:
         for part in parts:
@@ -275,8 +280,6 @@ def draw_parts(parts: list[Part], out: Path, workers: int) -> list[dict]:
             if file.exists():
                 record = json.loads(file.read_text())
                 seen.update(bytes.fromhex(digest) for digest in record["digests"])
-                progress.update(len(part.samples))
-                progress.unpause()
             else:
                 record = draw_part(part, seen, processes, progress, out)
                 write_record(record, file)
