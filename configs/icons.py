@@ -1,7 +1,6 @@
-# The icons set (python -m tools.prepare icons): over 150 icon sets to train on, ten of other makers,
-# unseen, to evaluate. Sized for one small GPU; on CPUs it takes hours. Nothing here is tuned: the
-# numbers follow those of the emoji set. Settings are to be chosen on data/icons/val, not on the
-# tests.
+# The icons set (python -m tools.prepare icons): over 150 icon sets to train on, ten others, unseen,
+# to evaluate. The model is that of the emoji set, wider. Nothing here is tuned: the numbers follow
+# the emoji set's. Settings are to be chosen on data/icons/val, not on the tests.
 train_data = "data/icons/train/*.tar"
 eval_data = {
     "carbon": "data/icons/test/carbon/*.tar",

@@ -66,10 +66,10 @@ TEST = (
 # edition of theirs.
 VAL = ("iconoir", "pixelarticons", "streamline-emojis")
 
-# Not in training although the licence permits it, and which test or tests would not be unseen.
-# Editions of the same drawings by the same makers; and sets of which a fifth or more of the
-# pictures that share a name with the test's have the same lines, more than arrows and circles
-# (correlation above 0.98, cut to the drawing and blurred): pinhead has the organs of healthicons.
+# Not in training although the licence permits it, and the test that would not be unseen. Editions
+# by the same makers; and sets that have taken drawings over: of the pictures that share a name with
+# the test's, a tenth to a third have the same lines (correlation above 0.98, cut to the drawing and
+# blurred), and not only arrows and circles. Pinhead has the organs of healthicons.
 RELATIVES = {
     "fa-regular": "fa7-solid",
     "fa-solid": "fa7-solid",
@@ -88,6 +88,7 @@ RELATIVES = {
     "pinhead": "healthicons",
     "vadivam": "lucide",
 }
+
 # Meteocons are animated, too, but their first pictures are whole.
 UNSUITABLE = {
     "cif": "names are codes of countries",
