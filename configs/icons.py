@@ -26,7 +26,7 @@ text_heads = 4
 text_layers = 2
 
 batch_size = 256
-lanes = 32  # the set has 58 shards
+lanes = 32  # the set has 57 shards
 epochs = 6
 lr = 1e-3
 warmup_steps = 500
@@ -34,5 +34,5 @@ weight_decay = 0.1
 
 eps_u = 1e-3
 gamma_min = 0.5  # a sample is visited six times, so u must follow fast
-eval_steps = 2266  # every two epochs
-save_steps = 1133
+eval_steps = 2064  # every two epochs
+save_steps = 1032

@@ -141,7 +141,7 @@ def test_one_bad_drawing_is_counted_not_fatal():
     with drawings.rendering_processes(1) as processes, tqdm(disable=True) as progress:
         kept = drawings.draw(samples, set(), processes, progress, dropped)
     assert dropped == {
-        "blank (text, drawn without fonts)": 1,
+        "blank (white, or text drawn without fonts)": 1,
         "failed to render": 1,
         "same pixels as an earlier one": 1,
     }

@@ -199,7 +199,7 @@ def draw(
     for (png, error), sample in zip(results, samples):
         progress.update()
         if error == "blank":
-            dropped["blank (text, drawn without fonts)"] += 1
+            dropped["blank (white, or text drawn without fonts)"] += 1
         elif png is None:
             dropped["failed to render"] += 1
             tqdm.write(f"cannot render {sample['source']}:{sample['name']}: {error}")

@@ -143,7 +143,7 @@ def read_sets(tgz: Path) -> tuple[list[IconSet], dict[str, str]]:
     left_out = {}
     for _, icon_set in read_json(tgz, "package/json/*.json"):
         prefix = icon_set["prefix"]
-        reason = why_left_out(prefix, icon_set["info"])
+        reason = why_left_out(icon_set)
         if reason:
             left_out[prefix] = reason
             continue
@@ -152,8 +152,10 @@ def read_sets(tgz: Path) -> tuple[list[IconSet], dict[str, str]]:
     return used, left_out
 
 
-def why_left_out(prefix: str, info: dict) -> str:
+def why_left_out(icon_set: dict) -> str:
     """Why a set is not used; "" if it is."""
+    prefix = icon_set["prefix"]
+    info = icon_set["info"]
     spdx = info["license"].get("spdx")
     if spdx not in LICENSES:
         return f"its licence, {spdx or 'unknown'}, is not permissive"
@@ -161,6 +163,8 @@ def why_left_out(prefix: str, info: dict) -> str:
         return f"related to {RELATIVES[prefix]}, which is held out"
     if info.get("hidden"):
         return "withdrawn by iconify, most for a newer edition"
+    if not visible_icons(icon_set):
+        return "all its icons are hidden"
     return UNSUITABLE.get(prefix, "")
 
 
@@ -367,12 +371,13 @@ Left out: hidden icons and aliases, skin tones in tests, and
 
 def test_table(parts: list[Part], records: list[dict], captions: dict[str, int]) -> str:
     """A row per test: its images, and how many of its classes are captions in training."""
-    rows = "| test | images | classes in training, word for word |\n|---|---|---|\n"
+    rows = []
     for part, record in zip(parts, records):
         if part.shard is None:
             known = sum(caption in captions for caption in record["captions"])
-            rows += f"| {part.folder} | {len(record['captions']):,} | {known:,} |\n"
-    return rows
+            rows.append(f"| {part.folder} | {len(record['captions']):,} | {known:,} |\n")
+    head = "| test | images | classes in training, word for word |\n|---|---|---|\n"
+    return head + "".join(sorted(rows))
 
 
 def set_table(sets: list[IconSet], images: dict[str, int]) -> str:
@@ -383,7 +388,12 @@ def set_table(sets: list[IconSet], images: dict[str, int]) -> str:
         author = icon_set.info["author"]
         rows += (
             f"| {icon_set.split} | {icon_set.prefix} | {images[icon_set.prefix]:,} "
-            f"| [{license['spdx']}]({license.get('url', '')}) "
-            f"| [{icon_set.info['name']}]({author.get('url', '')}), {author['name']} |\n"
+            f"| {link(license['spdx'], license)} "
+            f"| {link(icon_set.info['name'], author)}, {author['name']} |\n"
         )
     return rows
+
+
+def link(text: str, about: dict) -> str:
+    """The text, as a link if iconify knows where it leads."""
+    return f"[{text}]({about['url']})" if about.get("url") else text
