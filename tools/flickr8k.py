@@ -415,7 +415,7 @@ def check_places(source, out):
 def is_finished(folder):
     """Whether a folder holds a set that this program has finished."""
     file = folder / "README.md"
-    return file.is_file() and file.read_text(encoding="utf-8").startswith(TITLE)
+    return file.is_file() and file.read_bytes().startswith(TITLE.encode())
 
 
 def main(argv):
