@@ -18,10 +18,12 @@ PAPER = [
     for a in ("openclip", "sogclr", "isogclr", "v0", "v1", "v2", "v3")
 ] + [f"laion315m_{a}" for a in ("openclip", "v0", "v1", "v2", "v3")]
 
+FLICKR8K = [f"flickr8k_{a}" for a in ("openclip", "v1", "v3")]
+
 DATACOMP = [f"datacomp_{d}_{a}" for d in ("small", "medium") for a in ("openclip", "v1", "v3")]
 
 
-@pytest.mark.parametrize("name", PAPER + DATACOMP)
+@pytest.mark.parametrize("name", PAPER + DATACOMP + FLICKR8K)
 def test_every_config_of_a_benchmark_loads(name):
     c = config.load([os.path.join(ROOT, "configs", name + ".py")])
     suffix = name.split("_")[-1]
