@@ -3,7 +3,9 @@
 # The same budget for each: three learning rates.
 #
 # 12 runs, 62 core-minutes (910 samples/s on a core of 2026).
-title = "Learning rates for the comparison of optimizers, tuned on a training style that is held out"
+title = (
+    "Learning rates for the comparison of optimizers, tuned on a training style that is held out"
+)
 base = "../configs/emoji.py"
 seeds = (1,)
 x_label = "learning rate"
