@@ -16,12 +16,10 @@ SAMPLES = 14_924  # of train
 
 settings = dict(epochs=EPOCHS, save_steps=0)
 
-NO_RESNET = dict(vision_layers=None, vision_width=None)  # the emoji config's numbers are a ResNet's
-TOWERS = {
-    "ViT": dict(
-        model="ViT-B-32", patch_size=4, vision_width=64, vision_layers=4
-    ),  # 0.2 M parameters
-    "ConvNeXt": dict(NO_RESNET, model="timm:test_convnext"),  # 0.3 M parameters
+NO_RESNET = dict(vision_layers=None, vision_width=None)  # the emoji config's are a ResNet's
+TOWERS = {  # of 0.2 and 0.3 million parameters
+    "ViT": dict(model="ViT-B-32", patch_size=4, vision_width=64, vision_layers=4),
+    "ConvNeXt": dict(NO_RESNET, model="timm:test_convnext"),
 }
 
 # NOT TUNED YET, and not for these towers: as in experiments/batch_size.py

@@ -3,9 +3,7 @@
 # The same budget for each: three learning rates.
 #
 # 12 runs, 62 core-minutes (910 samples/s on a core of 2026).
-title = (
-    "Learning rates for the comparison of optimizers, tuned on a training style that is held out"
-)
+title = "Learning rates of four optimizers, tuned on a training style that is held out"
 base = "../configs/emoji.py"
 seeds = (1,)
 x_label = "learning rate"
@@ -33,8 +31,8 @@ LEARNING_RATES = {
     "lion": (1e-4, 2e-4, 4e-4),
     "sgdm": (0.3, 1.0, 3.0),
 }
-# At the middle learning rate, AdamW, Lion and SGD (with its momentum) take away 1e-4 of a weight per
-# step, as in the emoji config. LAMB scales its whole step by the weights' norm.
+# At the middle learning rate AdamW, Lion and SGD (with its momentum) take away 1e-4 of a weight
+# per step, as in the emoji config. LAMB scales its whole step by the weights' norm.
 WEIGHT_DECAY = {"adamw": 0.1, "lamb": 0.1, "lion": 0.5, "sgdm": 1e-5}
 
 cases = []
