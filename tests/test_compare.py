@@ -344,6 +344,13 @@ def test_the_tuning_gives_all_sides_the_same_number_of_runs(monkeypatch):
         assert len({count for (_, at), count in counts.items() if at == x}) == 1
 
 
+def test_settings_are_chosen_on_other_data_than_the_test(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in glob.glob("experiments/tune_*.py"):
+        for run in read_suite(path).runs:
+            assert "/val/" in run.config.eval_data[0], run.name
+
+
 def test_the_page_of_results_is_what_the_records_give(monkeypatch):
     monkeypatch.chdir(ROOT)
     with open("docs/results.md", encoding="utf-8") as f:

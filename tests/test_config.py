@@ -20,7 +20,7 @@ PAPER = [
 
 OTHERS = [
     f"{d}_{a}"
-    for d in ("datacomp_small", "datacomp_medium", "icons")
+    for d in ("datacomp_small", "datacomp_medium", "icons", "flickr8k")
     for a in ("openclip", "v1", "v3")
 ]
 

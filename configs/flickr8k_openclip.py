@@ -1,0 +1,2 @@
+base = "flickr8k.py"
+algorithm = "openclip"
