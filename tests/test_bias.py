@@ -162,6 +162,7 @@ def project(tmp_path, sets, monkeypatch):
     (tmp_path / "experiments/measured/bias.py").write_text(SUITE)
     (tmp_path / "results.md").write_text("before\n<!-- bias -->\n<!-- end of bias -->\nafter\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("runtime.plots.write_picture", lambda *_: None)
     monkeypatch.setattr(bias, "SUITE", str(tmp_path / "experiments/measured/bias.py"))
     return tmp_path
 

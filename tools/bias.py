@@ -7,9 +7,10 @@
 
 The loss has log(eps + g_i), where g_i is a mean over the whole data set (see loss.py). So in the
 gradient, anchor i has the weight 1 / (eps + g_i). A batch gives an unbiased estimate of g_i, but
-its reciprocal is biased: few batches hold the negatives that make up most of g_i. Instead of it,
-FastCLIP takes u_i, an average over the visits of sample i. That varies less, but it is old: since
-the last visits, the model has moved on. Which error is larger is measured here.
+the weight made of it is biased: most batches lack the few negatives that make up most of g_i, so
+most estimates of g_i are too small, and their weights too large. FastCLIP takes u_i instead, an
+average over the visits of sample i. That varies less, but a part of it is old: since the earlier
+visits the model has moved on, and g_i with it. Which error is larger is measured here.
 
 At a checkpoint, before any step is done, the model encodes the batches of the present epoch just
 as training does: with their crops and captions, and with the statistics of the batch in BatchNorm.

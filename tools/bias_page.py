@@ -8,6 +8,14 @@ SIDES = ("image", "text")
 
 COLUMNS = 3  # of the picture, a run each
 
+EXPLANATION = (
+    "Means over the two sides, at the last checkpoint of each run that was measured. An error is "
+    "log(eps + estimate) - log(eps + true g): the weight of an anchor in the gradient is "
+    "exp(-error) times what it should be, on average the factor in the column weight. The "
+    "divergence is what v3's temperature goes by, which is at rest where it is rho; the last "
+    "column has it without any estimate. `tools/bias.py` says how all of this is defined."
+)
+
 
 # ---- numbers ----
 
@@ -72,19 +80,10 @@ def section(suite, found):
     return "\n\n".join(parts)
 
 
-EXPLANATION = (
-    "At the last measured checkpoint of each run, means over the two sides. An error is "
-    "log(eps + estimate) - log(eps + true g), so the weight of an anchor in the gradient is "
-    "exp(-error) times what it should be. The divergence, in the last columns, is what v3's "
-    "temperature goes by: it is at rest where the mean over the anchors is rho. "
-    "`tools/bias.py` says how all of this is defined."
-)
-
-
 def table(suite, found):
     """A row for each estimate of each run -> markdown."""
     heading = ["run", "gamma", "estimate", "mean error", "deviation", "5 % to 95 %", "weight"]
-    heading += ["rank correlation", "divergence", "true"]
+    heading += ["rank correlation", "divergence", "true divergence"]
     lines = [row_text(heading), row_text(["---"] * len(heading))]
     for run in suite.runs:
         if run.name in found:
