@@ -9,11 +9,13 @@ SIDES = ("image", "text")
 COLUMNS = 3  # of the picture, a run each
 
 EXPLANATION = (
-    "Means over the two sides, at the last checkpoint of each run that was measured. An error is "
-    "log(eps + estimate) - log(eps + true g): the weight of an anchor in the gradient is "
-    "exp(-error) times what it should be, on average the factor in the column weight. The "
-    "divergence is what v3's temperature goes by, which is at rest where it is rho; the last "
-    "column has it without any estimate. `tools/bias.py` says how all of this is defined."
+    "An error is log(eps + estimate) - log(eps + true g): the weight of an anchor in the gradient "
+    "is exp(-error) times what it should be, on average the factor in the column weight. Above: "
+    "medians and bands from 5 % to 95 %, means over the two sides. Below: image anchors, at the "
+    "last checkpoint that was measured. The table is of the same checkpoint, and has means over "
+    "the two sides. The divergence is what v3's temperature goes by, which is at rest where it is "
+    "rho; the last column has it without any estimate. `tools/bias.py` says how all of this is "
+    "defined."
 )
 
 
