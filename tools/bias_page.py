@@ -135,14 +135,14 @@ def draw(suite, found, path):
     for axis in axes.flat:
         axis.set_visible(False)
 
-    limit = 1.05 * max(largest_error(found[run.name]["bias"]) for run in runs)
+    largest = max(largest_error(found[run.name]["bias"]) for run in runs)
+    limit = 1.4 * largest  # with room for the legend
     for number, run in enumerate(runs):
         line, column = divmod(number, columns)
         record = found[run.name]
         draw_errors(axes[2 * line, column], title_of(run), record["bias"], limit)
         draw_points(axes[2 * line + 1, column], record["points"])
 
-    figure.suptitle(suite.title)
     # Without the version of matplotlib, which the file otherwise names.
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
@@ -176,7 +176,7 @@ def draw_errors(axis, title, rows, limit):
     axis.set(title=title, xlabel="epoch", ylabel="error of log(eps + g)", visible=True)
     axis.set_xlim(left=0)
     axis.set_ylim(-limit, limit)
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="upper left", ncols=2, fontsize=8)
     axis.grid(alpha=0.3)
 
 
