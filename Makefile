@@ -27,6 +27,7 @@ compare: quickstart
 
 results: .venv/run
 	$(RUN) -m tools.compare experiments/*.py --report
+	$(RUN) -m tools.bias --report
 
 check: lint .venv/data
 	$(PYTEST) -m "not slow" tests/test_config.py tests/test_dist.py tests/test_loss.py \
