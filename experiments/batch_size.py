@@ -29,7 +29,7 @@ for batch in BATCHES:
         batch_size=batch,
         lr=LR[batch],
         warmup_steps=25_600 // batch,  # in samples, the emoji config's
-        eval_steps=-(-EPOCHS * SAMPLES // batch // 4),  # four evaluations
+        eval_steps=-(-EPOCHS * SAMPLES // batch // 8),  # eight evaluations
     )
     sides = {
         "OpenCLIP, tau learned": dict(algorithm="openclip"),

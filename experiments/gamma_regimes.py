@@ -5,7 +5,7 @@
 # 32 runs, 3.0 core-hours, 89 core-minutes for each seed, most of them at batch 16 (on a core of
 # 2026: 440 samples/s at batch 16, 910 at 64, 1,370 at 256).
 title = "Zero-shot top-1 on the unseen style against gamma_min: short runs, and other batch sizes"
-base = "../configs/emoji.py"
+base = "../configs/emoji_v1.py"
 seeds = (1, 2)
 x_label = "gamma_min"
 
@@ -15,7 +15,7 @@ SAMPLES = 14_924  # of train
 LR = {16: 5e-4, 64: 1e-3, 256: 2e-3}
 TAU = {16: 0.12, 64: 0.12, 256: 0.12}
 
-settings = dict(algorithm="fastclip-v1", save_steps=0)
+settings = dict(save_steps=0)
 
 REGIMES = ((64, 8), (256, 24), (16, 24))  # batch size, epochs
 GAMMA_MINS = {

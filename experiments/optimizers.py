@@ -3,7 +3,7 @@
 #
 # 12 runs, 79 core-minutes, 26 for each seed (910 samples/s on a core of 2026).
 title = "Zero-shot top-1 on the unseen style with four optimizers, FastCLIP-v1 at batch 64"
-base = "../configs/emoji.py"
+base = "../configs/emoji_v1.py"
 seeds = (1, 2, 3)
 x_label = "batch size"
 curves = True
@@ -14,8 +14,6 @@ EPOCHS = 24
 SAMPLES = 14_924  # of train
 
 settings = dict(
-    algorithm="fastclip-v1",
-    tau_init=0.12,  # NOT TUNED YET: as in experiments/algorithms.py
     batch_size=BATCH,
     epochs=EPOCHS,
     eval_steps=-(-EPOCHS * SAMPLES // BATCH // 8),  # eight evaluations

@@ -26,7 +26,7 @@ for batch, lr in LR.items():
         batch_size=batch,
         lr=lr,
         warmup_steps=25_600 // batch,  # in samples, the emoji config's
-        eval_steps=-(-EPOCHS * SAMPLES // batch // 4),  # four evaluations
+        eval_steps=-(-EPOCHS * SAMPLES // batch // 8),  # eight evaluations
     )
     for tau in (0.03, 0.05, 0.07, 0.10, 0.14, 0.20):
         openclip = dict(algorithm="openclip", tau_init=tau, lr_tau=0.0)

@@ -54,7 +54,7 @@ for tower, of_tower in TOWERS.items():
             batch_size=batch,
             lr=lr,
             warmup_steps=25_600 // batch,  # in samples, the emoji config's
-            eval_steps=-(-EPOCHS * SAMPLES // batch // 4),  # four evaluations
+            eval_steps=-(-EPOCHS * SAMPLES // batch // 8),  # eight evaluations
         )
         for side, of_side in sides_at(batch).items():
             of_case = {**of_tower, **by_batch, **of_side}

@@ -4,7 +4,7 @@
 #
 # 12 runs, 62 core-minutes (910 samples/s on a core of 2026).
 title = "Learning rates of four optimizers, tuned on a training style that is held out"
-base = "../configs/emoji.py"
+base = "../configs/emoji_v1.py"
 seeds = (1,)
 x_label = "learning rate"
 reference = {}  # one seed: such differences are not worth a column
@@ -17,8 +17,6 @@ SAMPLES = 11_790  # of tune/train
 settings = dict(
     train_data="data/emoji/tune/train/*.tar",
     eval_data="data/emoji/tune/val/*.tar",
-    algorithm="fastclip-v1",
-    tau_init=0.12,  # NOT TUNED YET: as in experiments/algorithms.py
     batch_size=BATCH,
     epochs=EPOCHS,
     eval_steps=-(-EPOCHS * SAMPLES // BATCH // 4),  # four evaluations

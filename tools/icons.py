@@ -1,4 +1,4 @@
-"""The icons set: about 200 icon sets to train on, ten others for zero-shot classification.
+"""The icons set: 168 icon sets to train on, ten others for zero-shot classification.
 
 All come out of one npm package, iconify's collection, which tells each set's licence and author. A
 caption is what an icon's name says beyond its style (tools/icon_captions.py): "arrow circle". So a

@@ -6,7 +6,8 @@ A suite is plain Python, like a config. These assignments count, others are the 
     base        a config file, by its path from the suite
     settings    dict of the settings that all runs have, besides those of the base
     seeds       tuple of up to ten
-    cases       list of dict(series=NAME, x=NUMBER OR WORD, settings=DICT), each run with all seeds
+    cases       list of dict(series=NAME, x=NUMBER OR WORD, settings=DICT), each run with all seeds;
+                with base=PATH, too, if it has another base
     x_label     what x is
     measure     what is compared, a key of metrics.jsonl; by default eval/zeroshot_top1
     reference   the series with which the others are compared, by default the first; or a dict
@@ -142,10 +143,12 @@ def suite_name(path):
 def run_of(path, names, case, seed):
     """A case of the suite at `path`, with a seed -> Run. names: what the file assigns."""
     require(
-        isinstance(case, dict) and set(case) == {"series", "x", "settings"},
-        f"{path}: a case is dict(series=..., x=..., settings=dict(...)), not {case}",
+        isinstance(case, dict) and set(case) - {"base"} == {"series", "x", "settings"},
+        f"{path}: a case is dict(series=..., x=..., settings=dict(...)), and may have base=..., "
+        f"not {case}",
     )
-    base = os.path.relpath(os.path.join(os.path.dirname(path), names["base"]))
+    base = case.get("base", names["base"])
+    base = os.path.relpath(os.path.join(os.path.dirname(path), base))
     settings = {**names.get("settings", {}), **case["settings"], "seed": seed}
     words = [base]
     for key, value in settings.items():
