@@ -26,6 +26,13 @@ from webdataset.shardlists import expand_urls
 from config import ConfigError, nearest
 from ingest.folders import no_shards
 
+# The commands that make the sets of configs/ under data/.
+PREPARED = {
+    "emoji": "python -m tools.prepare emoji",
+    "icons": "python -m tools.prepare icons",
+    "flickr8k": "python -m tools.flickr8k SOURCE",
+}
+
 PIPE_TIMEOUT = 60  # seconds without a byte from a command before it is killed
 BUFFER_BYTES = 1 << 16
 
@@ -169,8 +176,9 @@ def nothing_there(pattern, paths):
 def hint_at_files(path):
     """The end of the message about a path that is not there: a similar one, or how to make it."""
     hint = nearest_name(path)
-    if not hint and re.match(r"data/\w+/", path):
-        return "; the built-in set emoji is made by `python -m tools.prepare emoji`"
+    for name, command in PREPARED.items():
+        if not hint and path.startswith(f"data/{name}/"):
+            return f"; `{command}` makes it"
     return hint
 
 

@@ -250,7 +250,7 @@ def test_a_set_is_whole_or_not_there(source, tmp_path, monkeypatch, capsys):
 
 def test_nothing_of_the_users_is_written_over(source, tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ConfigError, match="is no finished set"):
+    with pytest.raises(ConfigError, match="is not a finished set"):
         build(source, tmp_path / "mine", "--force")
     with pytest.raises(ConfigError, match="nothing is to be written"):
         build(source, source / "set")

@@ -37,6 +37,7 @@ from tqdm import tqdm
 import config as configs
 from config import MAX_BAD, ConfigError, require
 from ingest.karpathy import captions_of, check_entry
+from tools.build_folder import beside, must_build, put_in_place
 
 KARPATHY = "dataset_flickr8k.json"
 TOKENS = "Flickr8k.token.txt"
@@ -412,49 +413,22 @@ def check_places(source, out):
     )
 
 
-def is_finished(folder):
-    """Whether a folder holds a set that this program has finished."""
-    file = folder / "README.md"
-    return file.is_file() and file.read_bytes().startswith(TITLE.encode())
-
-
 def main(argv):
     args = parse(argv)
     require(args.size > 0, f"--size {args.size} must be positive")
     source = args.source.expanduser().resolve()
     out = args.out.expanduser().resolve()
     check_places(source, out)
-    if out.exists():
-        # Never delete a folder that this program did not make.
-        require(
-            is_finished(out),
-            f"{out} exists and is no finished set of Flickr8k: remove it or choose another --out",
-        )
-        if not args.force:
-            print(f"{out} is finished already; --force rebuilds it.")
-            return
+    if not must_build(out, TITLE, args.force):
+        return
 
+    tmp = beside(out, ".tmp")
     try:
-        build_beside(source, out, args)
+        shutil.rmtree(tmp, ignore_errors=True)  # an interrupted run may have left it
+        build(source, tmp, args.size, args.split_by_name)
+        put_in_place(out)
     except OSError as error:
         raise ConfigError(f"cannot write {out} (or its .tmp beside it): {error}") from error
-
-
-def build_beside(source, out, args):
-    """Build the set in OUT.tmp, then rename it to OUT."""
-    tmp = out.with_name(out.name + ".tmp")
-    old = out.with_name(out.name + ".old")
-    # An interrupted run may have left these two.
-    for folder in (tmp, old):
-        if folder.exists():
-            shutil.rmtree(folder)
-    build(source, tmp, args.size, args.split_by_name)
-
-    # Renames only: at no moment is there half a set under the name `out`.
-    if out.exists():
-        out.rename(old)
-    tmp.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
     print(f"{out} is ready.")
 
 

@@ -17,20 +17,22 @@ import signal
 import sys
 from pathlib import Path
 
+from config import ConfigError
 from tools import emoji, icons
+from tools.build_folder import beside, must_build, put_in_place
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     out = Path(args.out or f"data/{args.set}").resolve()
     try:
-        build_or_exit(out, args)
+        build(out, args)
         if args.tune and not (out / "tune").exists():
             emoji.build_tune(out, emoji.TUNE)
     except KeyboardInterrupt:
         kept = "what was drawn" if args.set == "icons" else "what was downloaded"
         sys.exit(f"prepare: interrupted. Run again: {kept} is kept.")
-    except RuntimeError as error:
+    except (ConfigError, RuntimeError) as error:
         sys.exit(f"prepare: {error}")
     except OSError as error:
         sys.exit(f"prepare: cannot write {out} (or its .tmp or .cache beside it): {error}")
@@ -68,44 +70,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def build_or_exit(out: Path, args: argparse.Namespace) -> None:
-    """Build the set in OUT.tmp, then rename it to OUT. Exits if OUT is something else."""
-    title = emoji.TITLE if args.set == "emoji" else icons.TITLE
-    if out.exists():
-        # Never delete a folder that this program did not make.
-        if not is_finished(out, title):
-            sys.exit(
-                f"prepare: {out} exists and is not a finished {args.set} set. Remove it or choose "
-                "another --out."
-            )
-        if not args.force:
-            print(f"{out} is finished already; --force rebuilds it.")
-            return
+def build(out: Path, args: argparse.Namespace) -> None:
+    """Build the set, unless it is finished. Raises ConfigError if OUT is something else."""
+    the_set = emoji if args.set == "emoji" else icons
+    if not must_build(out, the_set.TITLE, args.force):
+        return
 
-    tmp = out.with_name(out.name + ".tmp")
-    old = out.with_name(out.name + ".old")
-    cache = out.with_name(out.name + ".cache")
-    # An interrupted run may have left these two. Icons go on in the first.
-    shutil.rmtree(old, ignore_errors=True)
-    if args.set == "emoji":
+    tmp = beside(out, ".tmp")
+    cache = beside(out, ".cache")
+    if args.set == "emoji":  # icons go on with what an interrupted run has left there
         shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True, exist_ok=True)
     cache.mkdir(exist_ok=True)
-    build = emoji.build if args.set == "emoji" else icons.build
-    build(tmp, cache, max(1, args.workers))
+    the_set.build(tmp, cache, max(1, args.workers))
 
-    # Renames only: at no moment is there half a set under the name `out`.
-    if out.exists():
-        out.rename(old)
-    tmp.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(out)
     print(f"{out} is ready. {cache} may be deleted.")
-
-
-def is_finished(folder: Path, title: str) -> bool:
-    """Whether a folder holds the set of this title, and this program has finished it."""
-    file = folder / "README.md"
-    return file.is_file() and file.read_text(encoding="utf-8").startswith(title)
 
 
 if __name__ == "__main__":
