@@ -330,18 +330,18 @@ def test_a_suite_that_cannot_work_is_refused(project, old, new, message):
         read_suite(str(path))
 
 
-def test_the_tuning_gives_all_sides_the_same_number_of_runs(monkeypatch):
+def test_the_tuning_gives_no_side_more_runs_than_openclip(monkeypatch):
     monkeypatch.chdir(ROOT)
     suite = read_suite("experiments/tune_batch_size.py")
     counts = {}
     for run in suite.runs:
-        side = (run.config.algorithm, run.config.lr_tau == 0)
+        side = "OpenCLIP, tau constant" if run.config.lr_tau == 0 else run.config.algorithm
         counts[side, run.x] = counts.get((side, run.x), 0) + 1
         assert "emoji/tune/" in run.config.train_data[0]
         assert "emoji/tune/" in run.config.eval_data[0]
     assert len(counts) == 4 * 3
-    for x in suite.xs:
-        assert len({count for (_, at), count in counts.items() if at == x}) == 1
+    for (_, x), count in counts.items():
+        assert count <= counts["openclip", x]
 
 
 def test_settings_are_chosen_on_other_data_than_the_test(monkeypatch):
