@@ -10,6 +10,7 @@ base = "../configs/emoji.py"
 seeds = (1,)
 x_label = "batch size"
 reference = {}  # one seed: such differences are not worth a column
+best_of = ("SogCLR", "iSogCLR", "FastCLIP-v0", "FastCLIP-v2")
 
 BATCH = 64
 EPOCHS = 24

@@ -11,6 +11,7 @@ seeds = (1,)
 x_label = "batch size"
 measure = "eval/text_to_image_R@10"
 reference = {}  # one seed: such differences are not worth a column
+best_of = ("OpenCLIP, tau learned", "OpenCLIP, tau constant", "v1", "v3")
 
 BATCH = 64
 MIDDLE_LR = 1e-3

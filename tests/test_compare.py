@@ -409,6 +409,19 @@ def test_series_may_be_drawn_at_their_temperature_and_compared_with_nothing(proj
     plt.close(figure)
 
 
+def test_the_best_of_each_side_of_a_tuning(project):
+    (project / "experiments" / "tiny.py").write_text(SUITE + 'best_of = ("v3", "v")\n')
+    assert run_suite("--only", "seed1") == 0
+    suite = read_suite("experiments/tiny.py")
+    cells = comparison.cells_of(suite, records.current(suite))
+    assert comparison.best_table(suite, cells).splitlines()[2:] == [
+        "| rho | v3 | v |",
+        "| --- | --- | --- |",
+        "| 1.0 | 11.0 (; of 1) | 16.0 (2; of 2) |",
+        "| 2.0 | 21.0 (; of 1) | 26.0 (2; of 2) |",
+    ]
+
+
 def test_a_page_without_a_place_is_refused(project):
     with pytest.raises(ConfigError, match="add the lines <!-- other -->"):
         comparison.write_section("results.md", "other", "text")

@@ -121,6 +121,8 @@ def section(suite, records):
 
     image = f"![{suite.title}](../experiments/{suite.name}.png)"
     parts = [f"{suite.title}.", table(suite, cells), explanation(suite)]
+    if suite.best_of:
+        parts.insert(1, best_table(suite, cells))
     if has_picture(suite):
         parts.insert(1, image)
     if len(records) < len(suite.runs):
@@ -149,6 +151,30 @@ def table(suite, cells):
         columns += difference_columns(cell, reference, factor(suite.measure))
         lines.append(row_text(columns[: len(heading)]))
     return "\n".join(lines)
+
+
+def best_table(suite, cells):
+    """The best series of each side of a tuning, a row for each x -> markdown."""
+    heading = [suite.x_label, *suite.best_of]
+    lines = [row_text(heading), row_text(["---"] * len(heading))]
+    for x in suite.xs:
+        columns = [str(x)]
+        for side in suite.best_of:
+            of_side = [
+                cell for (name, at), cell in cells.items() if name.startswith(side) and at == x
+            ]
+            columns.append(best_of_cells(of_side, side, suite.measure))
+        lines.append(row_text(columns))
+    return "The best of each side:\n\n" + "\n".join(lines)
+
+
+def best_of_cells(cells, side, measure):
+    """-> "25.3 (tau 0.10, lr 0.001; of 3)", the best of a side's cells; "" if there is none."""
+    if not cells:
+        return ""
+    best = max(cells, key=lambda cell: array_of(cell.last).mean())
+    setting = best.series.removeprefix(side).strip(" ,")
+    return f"{mean_of(measure, best.last)} ({setting}; of {len(cells)})"
 
 
 def difference_columns(cell, reference, scale):

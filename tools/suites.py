@@ -15,6 +15,8 @@ A suite is plain Python, like a config. These assignments count, others are the 
     log_x       whether the axis of x is logarithmic
     curves      whether a second panel shows the measure against the samples seen
     at_last_tau    tuple of series that are drawn at the temperature at which they end, not at x
+    best_of     of a tuning: tuple of beginnings of the names of series, one for each side of the
+                comparison; a table tells the best series of each side
 """
 
 import os
@@ -56,6 +58,7 @@ class Suite(NamedTuple):
     reference: dict  # {series: the one with which it is compared}; {}: nothing is
     log_x: bool
     at_last_tau: tuple
+    best_of: tuple
     curves: bool
 
     @property
@@ -107,6 +110,7 @@ def read_suite(path):
         reference=references(path, names, runs),
         log_x=names.get("log_x", False),
         at_last_tau=names.get("at_last_tau", ()),
+        best_of=names.get("best_of", ()),
         curves=names.get("curves", False),
     )
 
