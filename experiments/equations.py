@@ -32,7 +32,7 @@ SIDES = {
     "v1, release": ("emoji_v1", dict(equations="release")),
     "v3, paper": ("emoji_v3", dict(equations="paper")),
     "v3, release": ("emoji_v3", dict(equations="release")),
-    "v3, release, lower rho": ("emoji_v3", dict(equations="release", rho=RHO - 1)),
+    "v3, release, lower rho": ("emoji_v3", dict(equations="release", rho=RHO - 2)),
 }
 
 cases = []

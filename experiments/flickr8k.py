@@ -11,9 +11,9 @@ x_label = "batch size"
 measure = "eval/text_to_image_R@10"
 curves = True
 reference = {
-    "OpenCLIP, best tau": "OpenCLIP, tau learned",
+    "OpenCLIP, best tau": "OpenCLIP, usual tau",
     "FastCLIP-v1, best tau": "OpenCLIP, best tau",
-    "FastCLIP-v3": "OpenCLIP, tau learned",
+    "FastCLIP-v3": "OpenCLIP, best tau",
 }
 
 BATCH = 64
@@ -22,7 +22,7 @@ settings = dict(batch_size=BATCH, save_steps=0)
 
 # NOT TUNED YET: experiments/tune_flickr8k.py is to choose them
 SIDES = {
-    "OpenCLIP, tau learned": dict(algorithm="openclip", lr=1e-3),
+    "OpenCLIP, usual tau": dict(algorithm="openclip", lr=1e-3),
     "OpenCLIP, best tau": dict(algorithm="openclip", tau_init=0.10, lr_tau=0.0, lr=1e-3),
     "FastCLIP-v1, best tau": dict(algorithm="fastclip-v1", tau_init=0.10, lr=1e-3),
     "FastCLIP-v3": dict(
