@@ -66,8 +66,6 @@ def sides_at(batch):
 # The best of these settings, {(side, batch size): it}, as far as the runs have shown it. Its runs
 # with other learning rates are listed once it is here.
 BEST = {
-    ("v1", 32): "tau 0.10",
-    ("v3", 32): "d 1.0",
     ("OpenCLIP, tau constant", 64): "0.10",
     ("v1", 64): "tau 0.10",
     ("v3", 64): "d 1.0",
