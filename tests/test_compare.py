@@ -330,7 +330,7 @@ def test_a_suite_that_cannot_work_is_refused(project, old, new, message):
         read_suite(str(path))
 
 
-def test_the_tuning_gives_no_side_more_runs_than_openclip(monkeypatch):
+def test_the_tuning_gives_fastclip_no_more_runs_than_openclip(monkeypatch):
     monkeypatch.chdir(ROOT)
     suite = read_suite("experiments/tune_batch_size.py")
     counts = {}
@@ -340,8 +340,9 @@ def test_the_tuning_gives_no_side_more_runs_than_openclip(monkeypatch):
         assert "emoji/tune/" in run.config.train_data[0]
         assert "emoji/tune/" in run.config.eval_data[0]
     assert len(counts) == 4 * 3
-    for (_, x), count in counts.items():
-        assert count <= counts["openclip", x]
+    for x in suite.xs:
+        for algorithm in ("fastclip-v1", "fastclip-v3"):
+            assert 3 <= counts[algorithm, x] <= counts["OpenCLIP, tau constant", x]
 
 
 def test_settings_are_chosen_on_other_data_than_the_test(monkeypatch):
