@@ -9,7 +9,8 @@ base = "../configs/emoji.py"
 seeds = (1, 2, 3)
 x_label = "batch size"
 curves = True
-reference = "OpenCLIP, best tau"  # that of v1 to SogCLR, of one schedule to the other: gamma.py
+# How one schedule of gamma compares with the other, all else equal: experiments/gamma.py.
+reference = "OpenCLIP, best tau"
 
 BATCH = 64
 EPOCHS = 24
@@ -31,13 +32,10 @@ CONFIGS = {
     "FastCLIP-v2": "v2",
     "FastCLIP-v3": "v3",
 }
-# As experiments/tune_batch_size.py chose it.
-BEST_TAU = dict(tau_init=0.10, lr_tau=0.0)
 
-cases = [
-    dict(
-        series="OpenCLIP, best tau", x=BATCH, base="../configs/emoji_openclip.py", settings=BEST_TAU
-    )
-]
+cases = []
 for series, config in CONFIGS.items():
     cases.append(dict(series=series, x=BATCH, base=f"../configs/emoji_{config}.py", settings={}))
+# As experiments/tune_batch_size.py chose it.
+best_tau = dict(algorithm="openclip", tau_init=0.10, lr_tau=0.0)
+cases.append(dict(series="OpenCLIP, best tau", x=BATCH, settings=best_tau))

@@ -27,6 +27,7 @@ GAMMA_MINS = (0.3, 0.8)
 cases = []
 reference = {}
 for batch, epochs in REGIMES:
+    warmup_samples = 1_067 * epochs  # with 24 epochs the emoji config's
     regime = f"batch {batch}, {epochs} epochs"
     reference[f"cosine, {regime}"] = f"constant, {regime}"
     for schedule in ("constant", "cosine"):
@@ -36,9 +37,7 @@ for batch, epochs in REGIMES:
                 epochs=epochs,
                 lr=LR[batch],
                 tau_init=TAU[batch],
-                warmup_steps=1_067
-                * epochs
-                // batch,  # in samples, the same part of the run for all
+                warmup_steps=warmup_samples // batch,
                 eval_steps=-(-epochs * SAMPLES // batch // 4),  # four evaluations
                 gamma_schedule=schedule,
                 gamma_min=gamma_min,
