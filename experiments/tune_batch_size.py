@@ -32,7 +32,7 @@ settings = dict(
 # which a distribution over the negatives of a batch can diverge from the uniform one
 # (docs/results.md).
 DISTANCES = {32: (0.2, 1.0, 2.0), 64: (0.2, 1.0, 2.0), 256: (0.2, 1.0, 2.0, 3.0)}
-# At batch 256 a run has 1,104 steps, in which tau does not come to rest at the usual rate.
+# At batch 256 a run has 1,104 steps: is the usual lr_tau too slow for the larger values of rho?
 FAST = {32: (), 64: (), 256: (1.0, 2.0)}
 TAUS = {32: (0.07, 0.10, 0.14), 64: (0.07, 0.10, 0.14), 256: (0.07, 0.10, 0.14, 0.20)}
 TAUS_OPENCLIP = {**TAUS, 32: (0.07, 0.10, 0.14, 0.20), 256: (0.07, 0.10, 0.12, 0.14, 0.17, 0.20)}
