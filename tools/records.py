@@ -145,6 +145,9 @@ def borrow(suite, runs):
     runs: of the suite, without a record of today's settings. A run is the same if all of its
     settings are. Returns those that are still without a record.
     """
+    if not runs:
+        return []
+
     elsewhere = {}
     for path in sorted(glob.glob(os.path.join(os.path.dirname(suite.path), "*", "*.json.gz"))):
         record = read(path)
