@@ -8,6 +8,7 @@ import gzip
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -373,6 +374,28 @@ def test_intervals_by_hand():
     assert comparison.t_interval(differences) == pytest.approx((3 - half, 3 + half))
     # One of 27 draws is three times the smallest: 3.7 %, more than 2.5 %.
     assert comparison.bootstrap_interval(differences) == pytest.approx((1, 6))
+
+
+def test_the_trend_of_a_difference_by_hand():
+    # v3 leads v2 by 4, 3 and 2 with seed 1, by 6, 3 and 0 with seed 2; seed 3 lacks one x.
+    leads = {16: {1: 4, 2: 6, 3: 9}, 32: {1: 3, 2: 3}, 64: {1: 2, 2: 0, 3: 9}}
+    cells = {}
+    for x, by_seed in leads.items():
+        others = dict.fromkeys(by_seed, 20)
+        values = {seed: 20 + lead for seed, lead in by_seed.items()}
+        cells["v2", x] = comparison.Cell("v2", x, others, others, {}, {})
+        cells["v3", x] = comparison.Cell("v3", x, values, values, {}, {})
+    suite = SimpleNamespace(
+        xs=[16, 32, 64, 128],  # none has 128
+        seeds=(1, 2, 3),
+        reference={"v3": "v2"},
+        measure="loss",
+        x_label="batch",
+    )
+    assert comparison.slopes_of(suite, cells, "v3", "v2") == pytest.approx([-1, -3])
+    half = 12.706  # standard deviation sqrt(2) over sqrt(2), one degree of freedom
+    row = f"| v3 | v2 | -2.0 (2) | {-2 - half:+.1f} to {-2 + half:+.1f} |"
+    assert row in comparison.trend_table(suite, cells)
 
 
 def test_the_table_and_the_picture(project):

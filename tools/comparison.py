@@ -117,12 +117,14 @@ def section(suite, records):
     command = f"`python -m tools.compare experiments/{suite.name}.py`"
     recorded = f"{len(records)} of {len(suite.runs)} runs are recorded; {command} makes the others."
     if not cells:
-        return f"{suite.title}.\n\n{recorded}"
+        return f"* {suite.title}: {recorded}"
 
     image = f"![{suite.title}](../experiments/{suite.name}.png)"
     parts = [f"{suite.title}.", table(suite, cells), explanation(suite)]
     if suite.best_of:
         parts.insert(1, best_table(suite, cells))
+    if suite.trend:
+        parts.insert(2, trend_table(suite, cells))
     if has_picture(suite):
         parts.insert(1, image)
     if len(records) < len(suite.runs):
@@ -175,6 +177,48 @@ def best_of_cells(cells, side, measure):
     best = max(cells, key=lambda cell: array_of(cell.last).mean())
     setting = best.series.removeprefix(side).strip(" ,")
     return f"{mean_of(measure, best.last)} ({setting}; of {len(cells)})"
+
+
+def trend_table(suite, cells):
+    """How the differences to the reference change as x doubles, a row for each series -> markdown.
+
+    One number for each seed, so that a suite's question ("does the lead shrink?") has one answer.
+    """
+    scale = factor(suite.measure)
+    lines = [row_text(["series", "to", "change per doubling", "95 % interval (t)"])]
+    lines.append(row_text(["---"] * 4))
+    for series, other in suite.reference.items():
+        slopes = slopes_of(suite, cells, series, other) * scale
+        if not len(slopes):
+            continue
+        columns = [series, other, f"{signed(slopes.mean())} ({len(slopes)})"]
+        if len(slopes) > 1:
+            low, high = t_interval(slopes)
+            columns.append(f"{signed(low)} to {signed(high)}")
+        else:
+            columns.append("")
+        lines.append(row_text(columns))
+    return (
+        f"How the differences change with each doubling of the {suite.x_label}, a line fitted for "
+        "each seed that has all of them:\n\n" + "\n".join(lines)
+    )
+
+
+def slopes_of(suite, cells, series, other):
+    """For each seed, the slope of the difference `series` - `other` against log2 x -> (seeds,).
+
+    Only the values of x at which both have records count, and seeds that have these all.
+    """
+    pairs = {}
+    for x in suite.xs:
+        if (series, x) in cells and (other, x) in cells:
+            pairs[x] = cells[series, x].last, cells[other, x].last
+    slopes = []
+    for seed in suite.seeds:
+        differences = [a[seed] - b[seed] for a, b in pairs.values() if seed in a and seed in b]
+        if len(differences) == len(pairs) >= 2:
+            slopes.append(np.polyfit(np.log2(list(pairs)), differences, 1)[0])
+    return np.array(slopes)
 
 
 def difference_columns(cell, reference, scale):

@@ -12,6 +12,7 @@ A suite is plain Python, like a config. These assignments count, others are the 
     measure     what is compared, a key of metrics.jsonl; by default eval/zeroshot_top1
     reference   the series with which the others are compared, by default the first; or a dict
                 {series: the one with which it is compared}; {}: nothing is
+    trend       whether a table says how the differences change with each doubling of x, a number
     log_x       whether the axis of x is logarithmic
     curves      whether a second panel shows the measure against the samples seen
     at_last_tau    tuple of series that are drawn at the temperature at which they end, not at x
@@ -56,6 +57,7 @@ class Suite(NamedTuple):
     x_label: str
     measure: str
     reference: dict  # {series: the one with which it is compared}; {}: nothing is
+    trend: bool
     log_x: bool
     at_last_tau: tuple
     best_of: tuple
@@ -108,6 +110,7 @@ def read_suite(path):
         x_label=names["x_label"],
         measure=names.get("measure", "eval/zeroshot_top1"),
         reference=references(path, names, runs),
+        trend=names.get("trend", False),
         log_x=names.get("log_x", False),
         at_last_tau=names.get("at_last_tau", ()),
         best_of=names.get("best_of", ()),
