@@ -226,10 +226,10 @@ def test_a_set_is_whole_or_not_there(source, tmp_path, monkeypatch, capsys):
     write_karpathy(source)
     write_shards = flickr8k.write_shards
 
-    def stop_at_test(samples, folder):
+    def stop_at_test(samples, folder, *options, **more):
         if folder.name == "test":
             raise KeyboardInterrupt
-        write_shards(samples, folder)
+        write_shards(samples, folder, *options, **more)
 
     monkeypatch.setattr(flickr8k, "write_shards", stop_at_test)
     with pytest.raises(KeyboardInterrupt):

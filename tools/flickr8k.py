@@ -24,7 +24,6 @@ import csv
 import hashlib
 import io
 import json
-import random
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -38,6 +37,7 @@ import config as configs
 from config import MAX_BAD, ConfigError, require
 from ingest.karpathy import captions_of, check_entry
 from tools.build_folder import beside, must_build, put_in_place
+from tools.picture_shards import write_shards
 
 KARPATHY = "dataset_flickr8k.json"
 TOKENS = "Flickr8k.token.txt"
@@ -54,7 +54,6 @@ BY_NAME = "our own, by the hash of the names, not the authors'"
 SIZE = 128  # pixels of the shorter side
 QUALITY = 90  # of JPEG
 PER_SHARD = 400  # samples: 15 or 16 shards to train on, about as many as there are lanes
-SEED = 0  # of the shuffle
 
 # Why a picture is left out.
 NOT_THERE = "not on the disk"
@@ -306,23 +305,10 @@ def describe(left_out):
 # ---- the set ----
 
 
-def write_shards(samples, folder):
-    """Write samples {name, captions, jpg} as tar shards 00000.tar, 00001.tar, ...
-
-    They are shuffled first. Neither the time nor a user's name goes into a shard.
-    """
-    # Imported late: it imports torch, seconds that --help and a refusal do without.
-    from webdataset import TarWriter
-
-    folder.mkdir(parents=True)
-    samples = random.Random(SEED).sample(samples, len(samples))
-    for shard, start in enumerate(range(0, len(samples), PER_SHARD)):
-        path = folder / f"{shard:05d}.tar"
-        with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for number, sample in enumerate(samples[start : start + PER_SHARD], start):
-                about = {"captions": sample["captions"], "file": sample["name"]}
-                members = {"jpg": sample["jpg"], "json": json.dumps(about).encode()}
-                tar.write({"__key__": f"{number:09d}", **members})
+def members_of(sample, key):
+    """A sample {name, captions, jpg} as TarWriter takes it."""
+    about = {"captions": sample["captions"], "file": sample["name"]}
+    return {"__key__": key, "jpg": sample["jpg"], "json": json.dumps(about).encode()}
 
 
 def build(source, tmp, size, split_by_name):
@@ -346,7 +332,7 @@ def build(source, tmp, size, split_by_name):
     check_left_out(source, left_out, total)
 
     for split in samples:
-        write_shards(samples[split], tmp / split)
+        write_shards(samples[split], tmp / split, PER_SHARD, members=members_of)
     text = description(samples, listing, left_out, size)
     (tmp / "README.md").write_text(f"{TITLE}\n\n{text}", encoding="utf-8")
     print(text, end="")

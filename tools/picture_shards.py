@@ -1,7 +1,8 @@
 """Tar shards of pictures with captions, as img2dataset writes them, and zero-shot test sets.
 
 A sample is a dict {png, caption, source, name, license}, and in a test set also its number "cls".
-The same samples give the same bytes: no clock, no user name.
+Samples of another kind need a function in place of members_of. The same samples give the same
+bytes: no clock, no user name.
 """
 
 import json
@@ -9,36 +10,6 @@ import random
 from pathlib import Path
 
 SEED = 0  # of the shuffle
-
-
-def write_shards(
-    samples: list[dict], folder: Path, per_shard: int = 1000, seed: int = SEED
-) -> None:
-    """Write the samples, shuffled, so that each shard is a fair mixture.
-
-    Raises OSError if the folder cannot be written.
-    """
-    folder.mkdir(parents=True)
-    samples = random.Random(seed).sample(samples, len(samples))
-    for shard, start in enumerate(range(0, len(samples), per_shard)):
-        write_shard(samples[start : start + per_shard], folder, shard, start)
-
-
-def write_shard(samples: list[dict], folder: Path, shard: int, first: int) -> None:
-    """Write one shard with its counts: 00000.tar and 00000_stats.json, for shard = 0.
-
-    first: the number of its first sample, from which the keys count. Raises OSError.
-    """
-    # Imported late: it imports torch, seconds that --help and the rendering processes do without.
-    from webdataset import TarWriter
-
-    path = folder / f"{shard:05d}.tar"
-    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for number, sample in enumerate(samples, first):
-            tar.write(members_of(sample, f"{number:09d}"))
-
-    stats = {"count": len(samples), "successes": len(samples)}
-    (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats) + "\n")
 
 
 def members_of(sample: dict, key: str) -> dict:
@@ -60,6 +31,35 @@ def members_of(sample: dict, key: str) -> dict:
     if "cls" in sample:
         members["cls"] = str(sample["cls"]).encode()
     return members
+
+
+def write_shards(samples, folder, per_shard=1000, seed=SEED, members=members_of):
+    """Write the samples, shuffled, so that each shard is a fair mixture.
+
+    samples: list. folder: Path, not there yet. members: function (sample, key) -> dict for
+    TarWriter. Raises OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True)
+    samples = random.Random(seed).sample(samples, len(samples))
+    for shard, start in enumerate(range(0, len(samples), per_shard)):
+        write_shard(samples[start : start + per_shard], folder, shard, start, members)
+
+
+def write_shard(samples, folder, shard, first, members=members_of):
+    """Write one shard with its counts: 00000.tar and 00000_stats.json, for shard = 0.
+
+    first: the number of its first sample, from which the keys count. Raises OSError.
+    """
+    # Imported late: it imports torch, seconds that --help and the rendering processes do without.
+    from webdataset import TarWriter
+
+    path = folder / f"{shard:05d}.tar"
+    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for number, sample in enumerate(samples, first):
+            tar.write(members(sample, f"{number:09d}"))
+
+    stats = {"count": len(samples), "successes": len(samples)}
+    (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats) + "\n")
 
 
 def write_test(samples: list[dict], folder: Path) -> list[str]:
