@@ -19,12 +19,13 @@ SAMPLES = 14_924  # of train
 settings = dict(
     batch_size=BATCH,
     epochs=EPOCHS,
-    eval_steps=-(-EPOCHS * SAMPLES // BATCH // 8),  # eight evaluations
+    eval_steps=-(-EPOCHS * SAMPLES // BATCH // 4),  # four evaluations
     save_steps=0,
 )
 
 CONFIGS = {
     "OpenCLIP, usual tau": "openclip",
+    "OpenCLIP, best tau": "openclip_tuned",
     "SogCLR": "sogclr",
     "iSogCLR": "isogclr",
     "FastCLIP-v0": "v0",
@@ -36,6 +37,3 @@ CONFIGS = {
 cases = []
 for series, config in CONFIGS.items():
     cases.append(dict(series=series, x=BATCH, base=f"../configs/emoji_{config}.py", settings={}))
-# As experiments/tune_batch_size.py chose it.
-best_tau = dict(algorithm="openclip", tau_init=0.10, lr_tau=0.0)
-cases.append(dict(series="OpenCLIP, best tau", x=BATCH, settings=best_tau))

@@ -11,8 +11,8 @@ x_label = "gamma_min"
 
 SAMPLES = 11_790  # of tune/train
 
-# NOT TUNED YET: as in experiments/batch_size.py
-LR = {16: 5e-4, 64: 1e-3, 256: 2e-3}
+# As in experiments/batch_size.py.
+LR = {16: 1e-3, 64: 2e-3, 256: 4e-3}
 TAU = {16: 0.10, 64: 0.10, 256: 0.14}
 
 settings = dict(
