@@ -1,5 +1,6 @@
 # make quickstart   from nothing to a trained CLIP on the emoji set, its curves and pictures
-# make compare      then OpenCLIP on the same data, and the curves of both in one picture
+# make compare      then OpenCLIP on the same data, as usual and with its best temperature, and the
+#                   curves of all three in one picture
 # make results      the tables and pictures of the experiments, from their records
 # make check        what to run after an edit: lint, and the tests of the files at the top level
 # make test         the whole test suite
@@ -23,7 +24,10 @@ quickstart: .venv/data
 
 compare: quickstart
 	$(RUN) train.py configs/emoji_openclip.py --out_dir=runs/quickstart-openclip --resume=auto
-	$(RUN) -m runtime.plots runs/quickstart runs/quickstart-openclip --out=runs/compare.png
+	$(RUN) train.py configs/emoji_openclip_tuned.py --out_dir=runs/quickstart-openclip-tuned \
+	    --resume=auto
+	$(RUN) -m runtime.plots runs/quickstart runs/quickstart-openclip \
+	    runs/quickstart-openclip-tuned --out=runs/compare.png
 
 results: .venv/run
 	$(RUN) -m tools.compare experiments/*.py --report
