@@ -23,9 +23,10 @@ SAMPLES = 14_924  # of train
 
 BATCHES = (16, 32, 64, 128, 256, 512)
 
-# What the tuning found at batch 32, 64 and 256: this rate is the best for all sides but v3 at 64.
-# With the root of the batch for the others.
+# What the tuning found at batch 32, 64 and 256: this rate is the best for all sides, but for v3 at
+# 64 and v1 at 256. With the root of the batch for the others; v1 at 512 as at 256.
 LR = {16: 1e-3, 32: 1.4e-3, 64: 2e-3, 128: 2.8e-3, 256: 4e-3, 512: 5.6e-3}
+LR_V1 = {**LR, 256: 8e-3, 512: 8e-3}
 LR_V3 = {**LR, 64: 1e-3}
 
 # Temperatures and rho of batch 16 are those of 32, of 512 those of 256, and of 128 lie between. The
@@ -46,11 +47,12 @@ for batch in BATCHES:
         eval_steps=-(-EPOCHS * SAMPLES // batch // 4),  # four evaluations
     )
     best_openclip = dict(tau_init=TAU_OPENCLIP[batch], lr_tau=LR_TAU_OPENCLIP[batch])
+    v1 = dict(tau_init=TAU_V1[batch], lr=LR_V1[batch])
     v3 = dict(rho=RHO[batch], lr=LR_V3[batch], lr_tau=1e-3)
     sides = {
         "OpenCLIP, usual tau": dict(algorithm="openclip"),
         "OpenCLIP, best tau": dict(algorithm="openclip", **best_openclip),
-        "FastCLIP-v1, best tau": dict(algorithm="fastclip-v1", tau_init=TAU_V1[batch]),
+        "FastCLIP-v1, best tau": dict(algorithm="fastclip-v1", **v1),
         "FastCLIP-v3": dict(algorithm="fastclip-v3", **v3),
     }
     for side, of_side in sides.items():
