@@ -399,7 +399,7 @@ def test_the_trend_of_a_difference_by_hand():
 
 
 def test_the_table_and_the_picture(project):
-    (project / "experiments" / "tiny.py").write_text(SUITE + "curves = True\n")
+    (project / "experiments" / "tiny.py").write_text(SUITE + "curves = True\ntrend = True\n")
     run_suite()
     compare.main(["experiments/tiny.py", "--report", "--results", "results.md"])
     text = (project / "results.md").read_text()
@@ -408,11 +408,32 @@ def test_the_table_and_the_picture(project):
     # v3: 10 + 1 and 10 + 2 %. v2 is 5 above it with either seed.
     assert "| 1.0 | v3 | 11.5 ± 0.7 (2) | 11.5 | 0.070 |  |  |  |\n" in text
     assert "| 1.0 | v2 | 16.5 ± 0.7 (2) | 16.5 | 0.070 | +5.0 | +5.0 to +5.0 |" in text
+    assert "| v2 | v3 | 0.0 (2) | 0.0 to 0.0 |\n" in text
 
     with open("experiments/tiny.png", "rb") as f:
         assert f.read(4) == b"\x89PNG"
     compare.main(["experiments/tiny.py", "--report", "--results", "results.md"])
     assert (project / "results.md").read_text() == text
+
+
+def test_the_panel_of_differences_has_their_intervals(project):
+    import matplotlib.pyplot as plt
+
+    (project / "experiments" / "tiny.py").write_text(SUITE + "trend = True\n")
+    run_suite()
+    suite = read_suite("experiments/tiny.py")
+    cells = comparison.cells_of(suite, records.current(suite))
+    cells["v2", 2.0].last[2] += 0.02  # differences 5 and 7 at x = 2
+
+    figure, axis = plt.subplots()
+    comparison.draw_differences(axis, suite, cells)
+    (bars,) = axis.containers
+    points, _, (lines,) = bars
+    assert list(points.get_ydata()) == pytest.approx([5, 6])
+    at_1, at_2 = lines.get_segments()
+    assert list(at_1[:, 1]) == pytest.approx([5, 5])
+    assert list(at_2[:, 1]) == pytest.approx([6 - 12.706, 6 + 12.706])
+    plt.close(figure)
 
 
 def test_series_may_be_drawn_at_their_temperature_and_compared_with_nothing(project):

@@ -209,16 +209,19 @@ def slopes_of(suite, cells, series, other):
 
     Only the values of x at which both have records count, and seeds that have these all.
     """
-    pairs = {}
-    for x in suite.xs:
-        if (series, x) in cells and (other, x) in cells:
-            pairs[x] = cells[series, x].last, cells[other, x].last
+    xs = xs_of_both(suite, cells, series, other)
+    pairs = [(cells[series, x].last, cells[other, x].last) for x in xs]
     slopes = []
     for seed in suite.seeds:
-        differences = [a[seed] - b[seed] for a, b in pairs.values() if seed in a and seed in b]
-        if len(differences) == len(pairs) >= 2:
-            slopes.append(np.polyfit(np.log2(list(pairs)), differences, 1)[0])
+        differences = [a[seed] - b[seed] for a, b in pairs if seed in a and seed in b]
+        if len(differences) == len(xs) >= 2:
+            slopes.append(np.polyfit(np.log2(xs), differences, 1)[0])
     return np.array(slopes)
+
+
+def xs_of_both(suite, cells, series, other):
+    """The values of x at which both series have records, a list."""
+    return [x for x in suite.xs if (series, x) in cells and (other, x) in cells]
 
 
 def difference_columns(cell, reference, scale):
@@ -321,13 +324,17 @@ def write_section(page, name, text):
 
 
 def draw(suite, cells, path):
-    """Draw the measure against x, and with suite.curves against the samples seen, into a PNG."""
+    """Draw the measure against x into a PNG.
+
+    With suite.trend, a second panel has the differences to the references, with their intervals;
+    with suite.curves, a further one the measure against the samples seen.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = 2 if suite.curves else 1
+    panels = 1 + suite.trend + suite.curves
     height = 4.6 + 0.05 * len(suite.series)
     figure, axes = plt.subplots(
         1, panels, figsize=(7.5 * panels, height), squeeze=False, layout="constrained"
@@ -335,12 +342,14 @@ def draw(suite, cells, path):
     draw_against_x(axes[0, 0], suite, cells)
     # Below, because a suite may have many series.
     figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+    if suite.trend:
+        draw_differences(axes[0, 1], suite, cells)
     if suite.curves:
-        draw_curves(axes[0, 1], suite, cells)
-        axes[0, 1].legend(fontsize=7)
+        draw_curves(axes[0, -1], suite, cells)
+        axes[0, -1].legend(fontsize=7)
 
     for axis in axes.flat:
-        axis.set_ylabel(label_of(suite.measure))
+        axis.set_ylabel(axis.get_ylabel() or label_of(suite.measure))
         axis.grid(alpha=0.3)
     figure.suptitle(suite.title, fontsize=10)
     # Without the version of matplotlib, which the file otherwise names.
@@ -363,11 +372,7 @@ def draw_against_x(axis, suite, cells):
                 points.append((place, values))
         draw_series(axis, series, points)
 
-    if suite.log_x:
-        axis.set_xscale("log")
-        axis.minorticks_off()
-    axis.set_xticks(list(places.values()), [str(x) for x in places])
-    axis.set_xlabel(suite.x_label)
+    set_x(axis, suite, places)
 
 
 def places_of(xs):
@@ -389,6 +394,44 @@ def draw_series(axis, name, points):
     for place, values in points:
         same_place = np.full(len(values), place)
         axis.plot(same_place, values, "o", markersize=3.5, alpha=0.6, color=color)
+
+
+def draw_differences(axis, suite, cells):
+    """The mean paired difference to the reference at each x, with its 95 % interval (t).
+
+    A series has the colour that it has in the first panel. Its points stand a little beside those
+    of the others, so that no interval hides another.
+    """
+    width = 0.025  # of the distance between two series, as a share of x
+    for number, (series, other) in enumerate(suite.reference.items()):
+        places, means, halves = [], [], []
+        for x in xs_of_both(suite, cells, series, other):
+            differences = paired_differences(cells[series, x], cells[other, x])
+            if len(differences) > 1:
+                low, high = t_interval(differences * factor(suite.measure))
+                places.append(x * (1 + width * (number - 1)))
+                means.append((low + high) / 2)
+                halves.append((high - low) / 2)
+        color = f"C{suite.series.index(series)}"
+        label = f"{series} - {other}"
+        axis.errorbar(places, means, halves, fmt="o-", capsize=3, color=color, label=label)
+
+    axis.axhline(0, color="black", linewidth=0.8)
+    unit = ", points" if factor(suite.measure) == 100 else ""
+    axis.set_ylabel(f"difference{unit} (95 % interval)")
+    set_x(axis, suite, {x: x for x in suite.xs if any(at == x for _, at in cells)})
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+    axis.legend(fontsize=7, loc="upper right")
+
+
+def set_x(axis, suite, places):
+    """Scale, ticks and label of the axis of x. places: {x: its place on the axis}."""
+    if suite.log_x:
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    axis.set_xticks(list(places.values()), [str(x) for x in places])
+    axis.set_xlabel(suite.x_label)
 
 
 def draw_curves(axis, suite, cells):

@@ -12,7 +12,8 @@ A suite is plain Python, like a config. These assignments count, others are the 
     measure     what is compared, a key of metrics.jsonl; by default eval/zeroshot_top1
     reference   the series with which the others are compared, by default the first; or a dict
                 {series: the one with which it is compared}; {}: nothing is
-    trend       whether a table says how the differences change with each doubling of x, a number
+    trend       whether x is a number with whose doubling differences change: a table of that, and a
+                panel of the differences
     log_x       whether the axis of x is logarithmic
     curves      whether a second panel shows the measure against the samples seen
     at_last_tau    tuple of series that are drawn at the temperature at which they end, not at x
