@@ -319,14 +319,15 @@ def test_places(monkeypatch):
         ("epochs=2", "train_data='/x/*.tar'", "would be of this machine alone"),
         ("epochs=2", "eval_data=()", "needs eval_data"),
         ("x=rho, ", "", "a case is dict"),
-        ("cases = []", "cases = [] + 1", "tiny.py, line 7: TypeError"),
-        ("cases = []", "cases = [", "tiny.py, line 7: SyntaxError"),
+        ("x=rho", "x=str(rho)", "trend = True needs numbers"),
+        ("cases = []", "cases = [] + 1", "tiny.py, line 8: TypeError"),
+        ("cases = []", "cases = [", "tiny.py, line 8: SyntaxError"),
         ("cases = []", "reference = 'v4'\ncases = []", "no series is called 'v4'"),
     ],
 )
 def test_a_suite_that_cannot_work_is_refused(project, old, new, message):
     path = project / "experiments" / "tiny.py"
-    path.write_text(SUITE.replace(old, new))
+    path.write_text("trend = True\n" + SUITE.replace(old, new))
     with pytest.raises(ConfigError, match=message):
         read_suite(str(path))
 

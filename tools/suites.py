@@ -102,6 +102,12 @@ def read_suite(path):
             runs.append(run_of(path, names, case, seed))
     check_names(path, runs)
 
+    trend = names.get("trend", False)
+    require(
+        not trend or all(isinstance(run.x, int | float) and run.x > 0 for run in runs),
+        f"{path}: trend = True needs numbers above 0 for x, to speak of doublings",
+    )
+
     return Suite(
         name=suite_name(path),
         path=path,
@@ -111,7 +117,7 @@ def read_suite(path):
         x_label=names["x_label"],
         measure=names.get("measure", "eval/zeroshot_top1"),
         reference=references(path, names, runs),
-        trend=names.get("trend", False),
+        trend=trend,
         log_x=names.get("log_x", False),
         at_last_tau=names.get("at_last_tau", ()),
         best_of=names.get("best_of", ()),
