@@ -258,6 +258,11 @@ def explanation(suite):
     if suite.reference:
         same = "x and seed" if len(suite.seeds) > 1 else "x"
         text += f" Differences are those at the same {same}: {pairs_of_series(suite)}."
+    if suite.reference and len(suite.seeds) > 1:
+        text += (
+            " The t interval is the one to read: with few seeds the bootstrap's is little more than "
+            "their range. Both are about other seeds, not about other test pictures."
+        )
     return text
 
 
