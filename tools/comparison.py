@@ -260,8 +260,8 @@ def explanation(suite):
         text += f" Differences are those at the same {same}: {pairs_of_series(suite)}."
     if suite.reference and len(suite.seeds) > 1:
         text += (
-            " The t interval is the one to read: with few seeds the bootstrap's is little more than "
-            "their range. Both are about other seeds, not about other test pictures."
+            " The t interval is the one to read: with few seeds the bootstrap's is hardly more "
+            "than their range. Both are about other seeds, not about other test pictures."
         )
     return text
 
