@@ -11,7 +11,7 @@ x_label = "gamma_min"
 
 SAMPLES = 11_790  # of tune/train
 
-# As in experiments/batch_size.py.
+# The rate that all sides share in experiments/batch_size.py, where v1 has twice this at 256.
 LR = {16: 1e-3, 64: 2e-3, 256: 4e-3}
 TAU = {16: 0.10, 64: 0.10, 256: 0.14}
 

@@ -191,13 +191,9 @@ def trend_table(suite, cells):
         slopes = slopes_of(suite, cells, series, other) * scale
         if not len(slopes):
             continue
-        columns = [series, other, f"{signed(slopes.mean())} ({len(slopes)})"]
-        if len(slopes) > 1:
-            low, high = t_interval(slopes)
-            columns.append(f"{signed(low)} to {signed(high)}")
-        else:
-            columns.append("")
-        lines.append(row_text(columns))
+        interval = interval_text(t_interval(slopes)) if len(slopes) > 1 else ""
+        mean = f"{signed(slopes.mean())} ({len(slopes)})"
+        lines.append(row_text([series, other, mean, interval]))
     return (
         f"How the differences change with each doubling of the {suite.x_label}, a line fitted for "
         "each seed that has all of them:\n\n" + "\n".join(lines)
@@ -238,9 +234,15 @@ def difference_columns(cell, reference, scale):
     columns = [signed(differences.mean())]
     if len(differences) == 1:
         return [*columns, "", ""]
-    for low, high in (t_interval(differences), bootstrap_interval(differences)):
-        columns.append(f"{signed(low)} to {signed(high)}")
+    for interval in (t_interval(differences), bootstrap_interval(differences)):
+        columns.append(interval_text(interval))
     return columns
+
+
+def interval_text(interval):
+    """(low, high) -> "+1.6 to +4.2"."""
+    low, high = interval
+    return f"{signed(low)} to {signed(high)}"
 
 
 def signed(number):
@@ -413,9 +415,10 @@ def draw_differences(axis, suite, cells):
         for x in xs_of_both(suite, cells, series, other):
             differences = paired_differences(cells[series, x], cells[other, x])
             if len(differences) > 1:
-                low, high = t_interval(differences * factor(suite.measure))
+                differences = differences * factor(suite.measure)
+                low, high = t_interval(differences)
                 places.append(x * (1 + width * (number - 1)))
-                means.append((low + high) / 2)
+                means.append(differences.mean())
                 halves.append((high - low) / 2)
         color = f"C{suite.series.index(series)}"
         label = f"{series} - {other}"

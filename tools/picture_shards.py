@@ -33,11 +33,13 @@ def members_of(sample: dict, key: str) -> dict:
     return members
 
 
-def write_shards(samples, folder, per_shard=1000, seed=SEED, members=members_of):
+def write_shards(
+    samples: list[dict], folder: Path, per_shard: int = 1000, seed: int = SEED, members=members_of
+) -> None:
     """Write the samples, shuffled, so that each shard is a fair mixture.
 
-    samples: list. folder: Path, not there yet. members: function (sample, key) -> dict for
-    TarWriter. Raises OSError if the folder cannot be written.
+    folder: not there yet. members: function (sample, key) -> dict for TarWriter. Raises OSError if
+    the folder cannot be written.
     """
     folder.mkdir(parents=True)
     samples = random.Random(seed).sample(samples, len(samples))
@@ -45,7 +47,9 @@ def write_shards(samples, folder, per_shard=1000, seed=SEED, members=members_of)
         write_shard(samples[start : start + per_shard], folder, shard, start, members)
 
 
-def write_shard(samples, folder, shard, first, members=members_of):
+def write_shard(
+    samples: list[dict], folder: Path, shard: int, first: int, members=members_of
+) -> None:
     """Write one shard with its counts: 00000.tar and 00000_stats.json, for shard = 0.
 
     first: the number of its first sample, from which the keys count. Raises OSError.

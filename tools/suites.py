@@ -15,7 +15,7 @@ A suite is plain Python, like a config. These assignments count, others are the 
     trend       whether x is a number with whose doubling differences change: a table of that, and a
                 panel of the differences
     log_x       whether the axis of x is logarithmic
-    curves      whether a second panel shows the measure against the samples seen
+    curves      whether a further panel shows the measure against the samples seen
     at_last_tau    tuple of series that are drawn at the temperature at which they end, not at x
     best_of     of a tuning: tuple of beginnings of the names of series, one for each side of the
                 comparison; a table tells the best series of each side
