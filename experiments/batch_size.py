@@ -14,8 +14,9 @@ trend = True
 reference = {
     "OpenCLIP, best tau": "OpenCLIP, usual tau",
     "FastCLIP-v1, best tau": "OpenCLIP, best tau",
-    "FastCLIP-v3": "OpenCLIP, best tau",
+    "FastCLIP-v3": ("OpenCLIP, best tau", "FastCLIP-v1, best tau", "OpenCLIP, usual tau"),
 }
+also = ("eval/zeroshot_top5", "eval/text_to_image_R@1")
 
 EPOCHS = 24
 SAMPLES = 14_924  # of train

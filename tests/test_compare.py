@@ -16,7 +16,7 @@ import pytest
 import config
 from config import ConfigError
 from helpers import ROOT, TINY
-from tools import compare, comparison, records, runner
+from tools import compare, comparison, comparison_page, comparison_picture, records, runner
 from tools.suites import read_suite
 
 SUITE = """
@@ -360,7 +360,7 @@ def test_the_page_of_results_is_what_the_records_give(monkeypatch):
         page = f.read()
     for path in sorted(glob.glob("experiments/*.py")):
         suite = read_suite(path)
-        text = comparison.section(suite, records.current(suite))
+        text = comparison_page.section(suite, records.current(suite))
         assert f"<!-- {suite.name} -->\n\n{text}\n\n<!-- end of {suite.name} -->\n" in page, (
             "run: make results"
         )
@@ -386,35 +386,52 @@ def test_the_trend_of_a_difference_by_hand():
         values = {seed: 20 + lead for seed, lead in by_seed.items()}
         cells["v2", x] = comparison.Cell("v2", x, others, others, {}, {})
         cells["v3", x] = comparison.Cell("v3", x, values, values, {}, {})
-    suite = SimpleNamespace(
-        xs=[16, 32, 64, 128],  # none has 128
-        seeds=(1, 2, 3),
-        reference={"v3": "v2"},
-        measure="loss",
-        x_label="batch",
+    suite = SimpleNamespace(xs=[16, 32, 64, 128], seeds=(1, 2, 3))  # none has 128
+
+    xs, differences = comparison.differences_of_seeds(suite, cells, "v3", "v2")
+    assert xs == [16, 32, 64]
+    assert differences.tolist() == [[4, 3, 2], [6, 3, 0]]
+    assert comparison.slopes_of(xs, differences) == pytest.approx([-1, -3])
+
+
+def test_a_measure_may_be_a_mean_over_sets():
+    row = {"eval/a/zeroshot_top1": 0.2, "eval/b/zeroshot_top1": 0.4, "eval/a/zeroshot_top5": 0.9}
+    assert comparison.value_of(row, "eval/*/zeroshot_top1") == pytest.approx(0.3)
+    assert comparison.value_of(row, "eval/a/zeroshot_top1") == 0.2
+
+
+def test_the_tables_and_the_picture(project):
+    (project / "experiments" / "tiny.py").write_text(
+        SUITE + "curves = True\ntrend = True\nalso = ('eval/zeroshot_top*',)\n"
     )
-    assert comparison.slopes_of(suite, cells, "v3", "v2") == pytest.approx([-1, -3])
-    half = 12.706  # standard deviation sqrt(2) over sqrt(2), one degree of freedom
-    row = f"| v3 | v2 | -2.0 (2) | {-2 - half:+.1f} to {-2 + half:+.1f} |"
-    assert row in comparison.trend_table(suite, cells)
-
-
-def test_the_table_and_the_picture(project):
-    (project / "experiments" / "tiny.py").write_text(SUITE + "curves = True\ntrend = True\n")
     run_suite()
     compare.main(["experiments/tiny.py", "--report", "--results", "results.md"])
     text = (project / "results.md").read_text()
     assert text.startswith("before\n<!-- tiny -->\n\nWhat rho does.\n")
     assert text.endswith("\n<!-- end of tiny -->\nafter\n")
-    # v3: 10 + 1 and 10 + 2 %. v2 is 5 above it with either seed.
-    assert "| 1.0 | v3 | 11.5 ± 0.7 (2) | 11.5 | 0.070 |  |  |  |\n" in text
-    assert "| 1.0 | v2 | 16.5 ± 0.7 (2) | 16.5 | 0.070 | +5.0 | +5.0 to +5.0 |" in text
-    assert "| v2 | v3 | 0.0 (2) | 0.0 to 0.0 |\n" in text
+    # v3: 10 + 1 and 10 + 2 %. v2 is 5 above it with either seed, at either rho.
+    assert "\n| 1.0 | v3 | 11.5 ± 0.7 (2) | 11.5 | 0.070 |\n" in text
+    assert "\n| 1.0 | v2 | 16.5 ± 0.7 (2) | 16.5 | 0.070 |\n" in text
+    assert "\n| v2 | 16.5 ± 0.7 (2) | 26.5 ± 0.7 (2) |\n" in text
+    assert "\n| v2 | v3 | +5.0 (+5.0 to +5.0) | +5.0 (+5.0 to +5.0) |\n" in text
+    assert "\n| 1.0 | v2 | v3 | +5.0 (2) | +5.0 to +5.0 | +5.0 to +5.0 |\n" in text
+    trend = "| v2 | v3 | +5.0 (2) | +5.0 to +5.0 | 0.0 (2) | 0.0 to 0.0 |\n"
+    assert f"\n| zeroshot_top1 {trend}" in text
+    assert f"\n| zeroshot_top* {trend}" in text
 
     with open("experiments/tiny.png", "rb") as f:
         assert f.read(4) == b"\x89PNG"
     compare.main(["experiments/tiny.py", "--report", "--results", "results.md"])
     assert (project / "results.md").read_text() == text
+
+
+def test_a_series_may_have_several_references_of_which_the_first_is_drawn(project):
+    more = "cases.append(dict(series='v1', x=1.0, settings=dict(algorithm='fastclip-v1')))\n"
+    reference = "reference = {'v2': ('v3', 'v1'), 'v1': 'v3'}\n"
+    (project / "experiments" / "tiny.py").write_text(SUITE + more + reference)
+    suite = read_suite("experiments/tiny.py")
+    assert suite.pairs == (("v2", "v3"), ("v2", "v1"), ("v1", "v3"))
+    assert comparison_picture.first_pairs(suite) == [("v2", "v3"), ("v1", "v3")]
 
 
 def test_the_panel_of_differences_has_their_intervals(project):
@@ -427,7 +444,7 @@ def test_the_panel_of_differences_has_their_intervals(project):
     cells["v2", 2.0].last[2] += 0.02  # differences 5 and 7 at x = 2
 
     figure, axis = plt.subplots()
-    comparison.draw_differences(axis, suite, cells)
+    comparison_picture.draw_differences(axis, suite, cells)
     (bars,) = axis.containers
     points, _, (lines,) = bars
     assert list(points.get_ydata()) == pytest.approx([5, 6])
@@ -445,10 +462,10 @@ def test_series_may_be_drawn_at_their_temperature_and_compared_with_nothing(proj
     run_suite()
     suite = read_suite("experiments/tiny.py")
     cells = comparison.cells_of(suite, records.current(suite))
-    assert "difference" not in comparison.table(suite, cells)
+    assert "ifference" not in comparison_page.section(suite, records.current(suite))
 
     figure, axis = plt.subplots()
-    comparison.draw_against_x(axis, suite, cells)
+    comparison_picture.draw_against_x(axis, suite, cells)
     lines = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
     assert lines["v3"] == [0.07, 0.07]
     assert lines["v2"] == [1.0, 2.0]
@@ -460,7 +477,7 @@ def test_the_best_of_each_side_of_a_tuning(project):
     assert run_suite("--only", "seed1") == 0
     suite = read_suite("experiments/tiny.py")
     cells = comparison.cells_of(suite, records.current(suite))
-    assert comparison.best_table(suite, cells).splitlines()[2:] == [
+    assert comparison_page.best_table(suite, cells).splitlines() == [
         "| rho | v3 | v |",
         "| --- | --- | --- |",
         "| 1.0 | 11.0 (; of 1) | 16.0 (2; of 2) |",
@@ -470,4 +487,4 @@ def test_the_best_of_each_side_of_a_tuning(project):
 
 def test_a_page_without_a_place_is_refused(project):
     with pytest.raises(ConfigError, match="add the lines <!-- other -->"):
-        comparison.write_section("results.md", "other", "text")
+        comparison_page.write_section("results.md", "other", "text")

@@ -1,6 +1,6 @@
 """What tools/bias.py has measured: lines, a table and a picture, from its records alone."""
 
-from tools.comparison import row_text, write_section
+from tools.comparison_page import row_text, write_section
 
 # How an estimate is drawn: (its name in a record, in words, colour). Stored u is in the table only.
 DRAWN = (("batch", "g of the batch", "#d1701f"), ("u", "u", "#1f5fa8"))

@@ -19,7 +19,7 @@ import signal
 import sys
 
 import config as configs
-from tools import comparison, records
+from tools import comparison_page, records
 from tools.suites import read_suite
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,7 +34,7 @@ def main(argv):
             show_states(suite, chosen(suite, args.only))
     elif args.report:
         for suite in suites:
-            comparison.report(suite, records.current(suite), args.results)
+            comparison_page.report(suite, records.current(suite), args.results)
     else:
         sys.exit(run(suites, args))
 

@@ -9,11 +9,13 @@ A suite is plain Python, like a config. These assignments count, others are the 
     cases       list of dict(series=NAME, x=NUMBER OR WORD, settings=DICT), each run with all seeds;
                 with base=PATH, too, if it has another base
     x_label     what x is
-    measure     what is compared, a key of metrics.jsonl; by default eval/zeroshot_top1
+    measure     what is compared, a key of metrics.jsonl; by default eval/zeroshot_top1. With a * it
+                is the mean of all that match: eval/*/zeroshot_top1
     reference   the series with which the others are compared, by default the first; or a dict
-                {series: the one with which it is compared}; {}: nothing is
+                {series: the one with which it is compared, or a tuple of these}; {}: nothing is
     trend       whether x is a number with whose doubling differences change: a table of that, and a
                 panel of the differences
+    also        tuple of further measures that this table has
     log_x       whether the axis of x is logarithmic
     curves      whether a further panel shows the measure against the samples seen
     at_last_tau    tuple of series that are drawn at the temperature at which they end, not at x
@@ -57,8 +59,9 @@ class Suite(NamedTuple):
     seeds: tuple
     x_label: str
     measure: str
-    reference: dict  # {series: the one with which it is compared}; {}: nothing is
+    pairs: tuple  # of (series, the one with which it is compared)
     trend: bool
+    also: tuple
     log_x: bool
     at_last_tau: tuple
     best_of: tuple
@@ -116,8 +119,9 @@ def read_suite(path):
         seeds=seeds,
         x_label=names["x_label"],
         measure=names.get("measure", "eval/zeroshot_top1"),
-        reference=references(path, names, runs),
+        pairs=pairs_of(path, names, runs),
         trend=trend,
+        also=names.get("also", ()),
         log_x=names.get("log_x", False),
         at_last_tau=names.get("at_last_tau", ()),
         best_of=names.get("best_of", ()),
@@ -125,15 +129,20 @@ def read_suite(path):
     )
 
 
-def references(path, names, runs):
-    """{series: the series with which it is compared} of the suite at `path`."""
+def pairs_of(path, names, runs):
+    """Which series are compared with which -> ((series, other), ...), in the order of the suite."""
     series = list(dict.fromkeys(run.series for run in runs))
-    given = names.get("reference", series[0])
-    if not isinstance(given, dict):
-        given = {name: given for name in series if name != given}
-    for name in (*given, *given.values()):
+    reference = names.get("reference", series[0])
+    if not isinstance(reference, dict):
+        reference = {name: reference for name in series if name != reference}
+
+    pairs = []
+    for name, others in reference.items():
+        for other in others if isinstance(others, tuple) else (others,):
+            pairs.append((name, other))
+    for name in sum(pairs, ()):
         require(name in series, f"{path}: reference: no series is called {name!r}, but {series}")
-    return given
+    return tuple(pairs)
 
 
 def execute(path):
