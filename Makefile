@@ -41,7 +41,7 @@ check: lint .venv/data
 	    tests/test_train.py
 
 test: .venv/data .venv/test
-	$(PYTEST) tests
+	$(PYTEST) --durations=15 --durations-min=5 tests
 
 lint: .venv/test
 	$(RUN) -m ruff check .
