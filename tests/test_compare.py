@@ -396,8 +396,9 @@ def test_the_trend_of_a_difference_by_hand():
 
 def test_a_measure_may_be_a_mean_over_sets():
     row = {"eval/a/zeroshot_top1": 0.2, "eval/b/zeroshot_top1": 0.4, "eval/a/zeroshot_top5": 0.9}
-    assert comparison.value_of(row, "eval/*/zeroshot_top1") == pytest.approx(0.3)
-    assert comparison.value_of(row, "eval/a/zeroshot_top1") == 0.2
+    assert records.value_of(row, "eval/*/zeroshot_top1") == pytest.approx(0.3)
+    assert records.value_of(row, "eval/a/zeroshot_top1") == 0.2
+    assert records.value_of(row, "eval/zeroshot_top1") is None
 
 
 def test_the_tables_and_the_picture(project):

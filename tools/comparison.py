@@ -16,10 +16,11 @@ It is the one to read; the bootstrap's stands beside it because readers look for
 Neither says how another test set would judge: all runs see the same test images.
 """
 
-import fnmatch
 from typing import NamedTuple
 
 import numpy as np
+
+from tools.records import value_of
 
 # Student's t: 97.5 % of its distribution with 1, 2, ..., 9 degrees of freedom lies below these.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -66,11 +67,6 @@ def add_record(cell, seed, record, measure):
     cell.best[seed] = max(values)
     cell.tau[seed] = record["curve"]["tau"][-1]
     cell.curves[seed] = [row["samples"] for row in evaluations], values
-
-
-def value_of(row, measure):
-    """An evaluation {key: number} -> the measure or, if it has a *, the mean of all it matches."""
-    return float(np.mean([row[key] for key in row if fnmatch.fnmatchcase(key, measure)]))
 
 
 def factor(measure):

@@ -12,6 +12,7 @@ The same content gives the same bytes. Nothing in it is of one machine alone: no
 """
 
 import datetime
+import fnmatch
 import glob
 import gzip
 import io
@@ -46,7 +47,7 @@ def make(suite, run, about):
     training = [row for row in rows if "samples_per_second" in row]
     evaluations = []
     for row in rows:
-        if suite.measure in row:
+        if value_of(row, suite.measure) is not None:
             evaluations.append({**row, "samples": row["step"] * run.config.batch_size})
     if not evaluations:
         raise ConfigError(
@@ -69,6 +70,15 @@ def make(suite, run, about):
         **about,
     }
     return rounded(record)
+
+
+def value_of(row, measure):
+    """The measure in a row of metrics.jsonl, or None.
+
+    If the measure has a *, it is the mean of all keys that match.
+    """
+    values = [row[key] for key in fnmatch.filter(row, measure)]
+    return sum(values) / len(values) if values else None
 
 
 def training_seconds(rows):
@@ -151,7 +161,7 @@ def borrow(suite, runs):
     elsewhere = {}
     for path in sorted(glob.glob(os.path.join(os.path.dirname(suite.path), "*", "*.json.gz"))):
         record = read(path)
-        if suite.measure in record["evaluations"][-1]:
+        if value_of(record["evaluations"][-1], suite.measure) is not None:
             elsewhere[as_text(record["settings"])] = record
 
     missing = []

@@ -192,7 +192,7 @@ class Runner:
         records.write(record, run.record)
 
         self.ended += 1
-        value = record["evaluations"][-1][self.suite.measure]
+        value = records.value_of(record["evaluations"][-1], self.suite.measure)
         took = duration(record["seconds"])
         print(f"{run.name}: {self.suite.measure} {value:.4f}, {took} of training", flush=True)
         if not self.keep:
@@ -236,7 +236,8 @@ class Runner:
 
     def last_value(self, run):
         """The newest evaluation of a run that is going on, as words; "" before the first."""
-        values = [row[self.suite.measure] for row in rows_of(run) if self.suite.measure in row]
+        values = [records.value_of(row, self.suite.measure) for row in rows_of(run)]
+        values = [value for value in values if value is not None]
         return f", {self.suite.measure} {values[-1]:.4f}" if values else ""
 
 
