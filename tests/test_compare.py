@@ -473,6 +473,15 @@ def test_series_may_be_drawn_at_their_temperature_and_compared_with_nothing(proj
     plt.close(figure)
 
 
+def test_nothing_is_said_of_series_and_differences_without_records(project):
+    assert run_suite("--only", "v3") == 0
+    suite = read_suite("experiments/tiny.py")
+    text = comparison_page.section(suite, records.current(suite))
+    assert "| 1.0 | v3 | 11.5" in text
+    assert "v2" not in text
+    assert "ifference" not in text
+
+
 def test_the_best_of_each_side_of_a_tuning(project):
     (project / "experiments" / "tiny.py").write_text(SUITE + 'best_of = ("v3", "v")\n')
     assert run_suite("--only", "seed1") == 0

@@ -53,9 +53,10 @@ def section(suite, records):
 def parts_of_all(suite, cells):
     """The tables of all cases, and how to read them, a list of paragraphs."""
     parts = [values_table(suite, cells), ABOUT_VALUES]
-    if suite.pairs:
-        parts += ["Differences at the same x and seed:", differences_table(suite, cells)]
-    if suite.pairs and len(suite.seeds) > 1:
+    differences = differences_table(suite, cells)
+    if differences:
+        parts += ["Differences at the same x and seed:", differences]
+    if differences and len(suite.seeds) > 1:
         parts.append(ABOUT_INTERVALS)
     return parts
 
@@ -101,15 +102,18 @@ def values_table(suite, cells):
 
 
 def differences_table(suite, cells):
-    """A row for each x and each pair of series that have records there -> markdown."""
-    lines = heading(suite.x_label, "series", "to", "difference", "t", "bootstrap")
+    """A row for each x and each pair of series that have records there -> markdown, or ""."""
+    lines = []
     for x in suite.xs:
         for series, other in suite.pairs:
             differences = differences_at(suite, cells, series, other, x)
             if len(differences):
                 columns = mean_and_intervals(differences, t_interval, bootstrap_interval)
                 lines.append(row_text([str(x), series, other, *columns]))
-    return "\n".join(lines)
+    if not lines:
+        return ""
+    columns = [suite.x_label, "series", "to", "difference", "t", "bootstrap"]
+    return "\n".join([*heading(*columns), *lines])
 
 
 def values_grid(suite, cells):

@@ -58,7 +58,7 @@ def draw_against_x(axis, suite, cells):
     own_xs = [cell.x for cell in cells.values() if cell.series not in suite.at_last_tau]
     places = places_of(own_xs)
 
-    for series in suite.series:
+    for number, series in enumerate(suite.series):
         points = []
         for cell in cells.values():
             if cell.series == series:
@@ -66,7 +66,8 @@ def draw_against_x(axis, suite, cells):
                 place = array_of(cell.tau).mean() if at_last_tau else places[cell.x]
                 values = array_of(cell.last) * factor(suite.measure)
                 points.append((place, values))
-        draw_series(axis, series, points)
+        if points:
+            draw_series(axis, series, f"C{number}", points)
 
     set_x(axis, suite, places)
 
@@ -79,14 +80,13 @@ def places_of(xs):
     return {x: x for x in sorted(xs)}
 
 
-def draw_series(axis, name, points):
+def draw_series(axis, name, color, points):
     """A line and its points. points: [(place on the axis, a value for each seed (n,))]."""
     points = sorted(points, key=lambda point: point[0])
     places = [place for place, _ in points]
     means = [values.mean() for _, values in points]
-    (line,) = axis.plot(places, means, label=name)
+    axis.plot(places, means, color=color, label=name)
 
-    color = line.get_color()
     for place, values in points:
         same_place = np.full(len(values), place)
         axis.plot(same_place, values, "o", markersize=3.5, alpha=0.6, color=color)
