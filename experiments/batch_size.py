@@ -24,7 +24,7 @@ SAMPLES = 14_924  # of train
 BATCHES = (16, 32, 64, 128, 256, 512)
 
 # What the tuning found at batch 32, 64 and 256: this rate is the best of all sides' best settings,
-# but for v3 at 64 and v1 at 256. (The usual tau was not tried with other rates.) With the root of
+# but for v3 at 64 and v1 at 256. (The usual tau was tried with it at 256 alone.) With the root of
 # the batch for the others; v1 at 512 as at 256. Of v1 at 64 twice this is 0.2 points better, which
 # was seen later.
 LR = {16: 1e-3, 32: 1.4e-3, 64: 2e-3, 128: 2.8e-3, 256: 4e-3, 512: 5.6e-3}

@@ -93,6 +93,18 @@ def paired_differences(cell, other):
     return np.array([cell.last[seed] - other.last[seed] for seed in seeds])
 
 
+def xs_of(cells):
+    """The values of x that have records, in order, a list."""
+    return list(dict.fromkeys(x for _, x in cells))
+
+
+def differences_at(suite, cells, series, other, x):
+    """Paired differences at x, in points if the measure is a share -> (n,), n may be 0."""
+    if (series, x) not in cells or (other, x) not in cells:
+        return np.empty(0)
+    return paired_differences(cells[series, x], cells[other, x]) * factor(suite.measure)
+
+
 def xs_of_both(suite, cells, series, other):
     """The values of x at which both series have records, a list."""
     return [x for x in suite.xs if (series, x) in cells and (other, x) in cells]

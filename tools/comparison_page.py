@@ -2,19 +2,18 @@
 
 import os
 
-import numpy as np
-
 from config import ConfigError
 from tools.comparison import (
     array_of,
     bootstrap_interval,
     cells_of,
+    differences_at,
     differences_of_seeds,
     factor,
     name_of,
-    paired_differences,
     slopes_of,
     t_interval,
+    xs_of,
 )
 from tools.comparison_picture import draw, has_picture
 
@@ -138,18 +137,6 @@ def differences_grid(suite, cells):
             columns.append(mean_with_interval(differences) if len(differences) else "")
         lines.append(row_text([series, other, *columns]))
     return "\n".join(lines)
-
-
-def xs_of(cells):
-    """The values of x that have records, in order, a list."""
-    return list(dict.fromkeys(x for _, x in cells))
-
-
-def differences_at(suite, cells, series, other, x):
-    """Paired differences at x, in points if the measure is a share -> (n,), n may be 0."""
-    if (series, x) not in cells or (other, x) not in cells:
-        return np.empty(0)
-    return paired_differences(cells[series, x], cells[other, x]) * factor(suite.measure)
 
 
 def trend_table(suite, records):

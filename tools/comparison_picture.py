@@ -4,10 +4,11 @@ import numpy as np
 
 from tools.comparison import (
     array_of,
+    differences_at,
     factor,
     name_of,
-    paired_differences,
     t_interval,
+    xs_of,
     xs_of_both,
 )
 
@@ -102,9 +103,8 @@ def draw_differences(axis, suite, cells):
     for number, (series, other) in enumerate(first_pairs(suite)):
         places, means, halves = [], [], []
         for x in xs_of_both(suite, cells, series, other):
-            differences = paired_differences(cells[series, x], cells[other, x])
+            differences = differences_at(suite, cells, series, other, x)
             if len(differences) > 1:
-                differences = differences * factor(suite.measure)
                 low, high = t_interval(differences)
                 places.append(x * (1 + width * (number - 1)))
                 means.append(differences.mean())
@@ -116,7 +116,7 @@ def draw_differences(axis, suite, cells):
     axis.axhline(0, color="black", linewidth=0.8)
     unit = ", points" if factor(suite.measure) == 100 else ""
     axis.set_ylabel(f"difference{unit} (95 % interval)")
-    set_x(axis, suite, {x: x for x in suite.xs if any(at == x for _, at in cells)})
+    set_x(axis, suite, {x: x for x in xs_of(cells)})
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
     axis.legend(fontsize=7, loc="upper right")
