@@ -6,19 +6,17 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-import traceback
 
 import pytest
 import torch
-import torch.distributed as c10d
+from rank_server import run_ranks
 
 import config
 import dist
 import faults
 import train as training
 from conftest import ROOT
-from runtime import checkpoint, ranks
+from runtime import checkpoint
 
 # A model that trains for 30 steps in a few seconds on one core.
 TINY = dict(
@@ -92,15 +90,17 @@ def run(script, *words, ranks=1, **settings):
 def train(out_dir, sets, *words, ranks=1, command=False, **changes):
     """A tiny run -> the rows of its metrics.
 
-    On one rank it runs in this process, unless command=True: importing torch again takes longer
-    than the run.
+    Unless command=True, it runs in this process, or on ranks that are forked: importing torch again
+    takes longer than the run.
     """
     settings = {**TINY, "train_data": sets["train_data"], "out_dir": out_dir, **changes}
-    if ranks > 1 or command:
+    if command:
         result = run("train.py", *words, ranks=ranks, **settings)
         assert result.returncode == 0, result.stdout + result.stderr
         with open(os.path.join(out_dir, "stdout"), "w") as f:
             f.write(result.stdout)
+    elif ranks > 1:
+        run_ranks(ranks, training.main, words_of(*words, **settings))
     else:
         training.main(words_of(*words, **settings))
     return metrics(out_dir)
@@ -112,53 +112,6 @@ def refused(*expected, words=(), **changes):
         training.main(words_of(*words, **{**TINY, **changes}))
     for word in expected:
         assert word in str(error.value)
-
-
-# ---- functions on several ranks ----
-
-
-def run_ranks(world_size, function, *args):
-    """function(*args) on `world_size` ranks -> list of its results by rank.
-
-    The function must be importable, because every rank is a new process.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.get_context("spawn")
-        processes = []
-        for rank in range(world_size):
-            arguments = (rank, world_size, folder, function, args)
-            processes.append(context.Process(target=run_rank, args=arguments))
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-
-        results = []
-        for rank, process in enumerate(processes):
-            path = os.path.join(folder, f"{rank}.pt")
-            assert os.path.exists(path), f"rank {rank} died with exit status {process.exitcode}"
-            results.append(torch.load(path, weights_only=False))
-
-    errors = []
-    for rank, result in enumerate(results):
-        if isinstance(result, str) and result.startswith("Traceback"):
-            errors.append(f"rank {rank}:\n{result}")
-    assert not errors, "\n".join(errors)
-    return results
-
-
-def run_rank(rank, world_size, folder, function, args):
-    """The process of one rank: it saves the function's result, or its traceback, in the folder."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    c10d.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    try:
-        result = function(*args)
-        dist.barrier()  # until all ranks are done
-    except BaseException:
-        result = traceback.format_exc()
-    torch.save(result, os.path.join(folder, f"{rank}.pt"))
-    ranks.leave()
 
 
 def run_jobs(*jobs):

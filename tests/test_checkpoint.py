@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from rank_server import run_ranks
 
 import config
 from helpers import (
@@ -23,7 +24,6 @@ from helpers import (
     newest_checkpoint,
     refused,
     run_jobs,
-    run_ranks,
     train,
 )
 from loss import ContrastiveLoss

@@ -17,11 +17,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from rank_server import run_ranks
 
 import data
 import dist
 from config import ConfigError
-from helpers import equal, run_ranks
+from helpers import equal
 from ingest import images, workers
 from ingest.index import Index, load_index
 from ingest.reader import ShardError

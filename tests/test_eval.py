@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rank_server import run_ranks
 from torchvision.io import encode_png
 
 import config
@@ -17,7 +18,7 @@ import ingest.evaluation
 import model as models
 import shapes
 from config import ConfigError
-from helpers import TINY, refused, run_ranks, train, words_of
+from helpers import TINY, refused, train, words_of
 from ingest import images
 from ingest.evaluation import load_sets, read_images, read_samples
 from ingest.index import load_index

@@ -10,12 +10,13 @@ import threading
 
 import pytest
 import torch
+from rank_server import run_ranks
 
 import config
 import dist
 import shapes
 import train as training
-from helpers import SHORT_RUN, TINY, metrics, refused, run_jobs, run_ranks, train, words_of
+from helpers import SHORT_RUN, TINY, metrics, refused, run_jobs, train, words_of
 from runtime import ranks
 from runtime.hardware import HostCopy
 from runtime.job import Job

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from rank_server import run_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 import dist
 import loss as losses
 from config import ConfigError
-from helpers import run_ranks
 from loss import ALGORITHMS, TAU_REFERENCE, ContrastiveLoss, loss_by_definition
 
 N = 24  # samples

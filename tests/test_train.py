@@ -8,6 +8,7 @@ import tarfile
 import pytest
 import torch
 import torch.nn.functional as F
+from rank_server import run_ranks
 
 import config
 import data
@@ -16,7 +17,7 @@ import eval as evaluation
 import shapes
 import train as training
 from conftest import ROOT
-from helpers import TINY, refused, run, run_ranks, train, weights, words_of
+from helpers import TINY, refused, run, train, weights, words_of
 from loss import ContrastiveLoss
 from runtime import plan
 
