@@ -17,7 +17,7 @@ import config
 from config import ConfigError
 from helpers import ROOT, TINY
 from tools import compare, comparison, comparison_page, comparison_picture, records, runner
-from tools.suites import read_suite
+from tools.suites import read_suite, settings_of
 
 SUITE = """
 title = "What rho does"
@@ -352,6 +352,17 @@ def test_settings_are_chosen_on_other_data_than_the_test(monkeypatch):
     for path in glob.glob("experiments/tune_*.py"):
         for run in read_suite(path).runs:
             assert "/val/" in run.config.eval_data[0], run.name
+
+
+@pytest.mark.parametrize("name, shared", [("memory", 27), ("temperature", 9)])
+def test_suites_share_runs_whose_settings_they_repeat(monkeypatch, name, shared):
+    """Each suite can be read alone, so that settings stand in several, which must agree."""
+    monkeypatch.chdir(ROOT)
+    runs = read_suite(f"experiments/{name}.py").runs
+    others = read_suite("experiments/batch_size.py").runs
+    settings = {records.as_text(settings_of(run.config)) for run in runs}
+    settings_of_others = {records.as_text(settings_of(run.config)) for run in others}
+    assert len(settings & settings_of_others) == shared
 
 
 def test_the_page_of_results_is_what_the_records_give(monkeypatch):
