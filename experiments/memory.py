@@ -22,10 +22,11 @@ SAMPLES = 14_924  # of train
 
 # As in experiments/batch_size.py.
 LR = {32: 1.4e-3, 64: 2e-3, 256: 4e-3}
+LR_OPENCLIP = {**LR, 64: 4e-3}
 LR_V1 = {**LR, 256: 8e-3}
 LR_V3 = {**LR, 64: 1e-3}
-TAU_OPENCLIP = 0.14
-LR_TAU_OPENCLIP = {32: 0.0, 64: 1e-4, 256: 1e-4}
+TAU_OPENCLIP = {32: 0.14, 64: 0.10, 256: 0.14}
+LR_TAU_OPENCLIP = {32: 0.0, 64: 0.0, 256: 1e-4}
 TAU_V1 = {32: 0.10, 64: 0.10, 256: 0.14}
 RHO = {32: 2.4, 64: 3.1, 256: 3.5}
 
@@ -41,7 +42,12 @@ for batch in LR:
         warmup_steps=25_600 // batch,  # in samples, the emoji config's
         eval_steps=-(-EPOCHS * SAMPLES // batch // 4),  # four evaluations
     )
-    openclip = dict(algorithm="openclip", tau_init=TAU_OPENCLIP, lr_tau=LR_TAU_OPENCLIP[batch])
+    openclip = dict(
+        algorithm="openclip",
+        tau_init=TAU_OPENCLIP[batch],
+        lr_tau=LR_TAU_OPENCLIP[batch],
+        lr=LR_OPENCLIP[batch],
+    )
     v1 = dict(algorithm="fastclip-v1", tau_init=TAU_V1[batch], lr=LR_V1[batch])
     v3 = dict(algorithm="fastclip-v3", rho=RHO[batch], lr=LR_V3[batch], lr_tau=1e-3)
     sides = {
