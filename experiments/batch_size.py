@@ -24,16 +24,17 @@ SAMPLES = 14_924  # of train
 BATCHES = (16, 32, 64, 128, 256, 512)
 
 # What the tuning found at batch 32, 64 and 256: this rate is the best of all sides' best settings,
-# but for OpenCLIP and v3 at 64 and v1 at 256. With the root of the batch for the others; v1 at 512
-# as at 256. The last runs of the tuning came later: of v1 at 64 twice this is 0.2 points better,
-# and of the usual tau at 64 and 256 twice this 1.5 and 0.9.
+# but for OpenCLIP, v1 and v3 at 64, v1 at 256, and the usual tau at 64 and 256. With the root of
+# the batch for the others; v1 at 512 as at 256. The last runs of the tuning came later: of v1 at 64
+# twice this is 0.2 points better, and of the usual tau at 64 and 256 twice this 1.5 and 0.9.
 LR = {16: 1e-3, 32: 1.4e-3, 64: 2e-3, 128: 2.8e-3, 256: 4e-3, 512: 5.6e-3}
 LR_OPENCLIP = {**LR, 64: 4e-3}
 LR_V1 = {**LR, 256: 8e-3, 512: 8e-3}
 LR_V3 = {**LR, 64: 1e-3}
 
-# Temperatures and rho of batch 16 are those of 32, of 512 those of 256, and of 128 lie between. The
-# best OpenCLIP has a constant temperature, or from batch 128 on learns it slowly.
+# Temperatures of batch 16 are those of 32, and its rho is ln(15) - 1. Both at 512 are those of 256,
+# and at 128 lie between. The best OpenCLIP has a constant temperature, or from batch 128 on learns
+# it slowly.
 TAU_OPENCLIP = {16: 0.14, 32: 0.14, 64: 0.10, 128: 0.14, 256: 0.14, 512: 0.14}
 LR_TAU_OPENCLIP = {16: 0.0, 32: 0.0, 64: 0.0, 128: 1e-4, 256: 1e-4, 512: 1e-4}
 TAU_V1 = {16: 0.10, 32: 0.10, 64: 0.10, 128: 0.12, 256: 0.14, 512: 0.14}

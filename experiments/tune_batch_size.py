@@ -1,7 +1,7 @@
 # The settings of experiments/batch_size.py are chosen here: on four of the five training styles,
 # with the fifth in place of the test style (python -m tools.prepare emoji --tune).
 #
-# Each of four sides has the same budget, at each of three batch sizes: three settings of its
+# Each of four sides has about the same budget, at each of three batch sizes: three settings of its
 # temperature at one learning rate, then other rates with the best of them. Where the best of three
 # was the last of its row, or tau had not come to rest, more were tried, and never more for FastCLIP
 # than for OpenCLIP. OpenCLIP's usual temperature is tried at all rates, though it is the best at
