@@ -23,10 +23,9 @@ SAMPLES = 14_924  # of train
 
 BATCHES = (16, 32, 64, 128, 256, 512)
 
-# What the tuning found at batch 32, 64 and 256: this rate is the best of all sides' best settings,
-# but for OpenCLIP, v1 and v3 at 64, v1 at 256, and the usual tau at 64 and 256. With the root of
-# the batch for the others; v1 at 512 as at 256. The last runs of the tuning came later: of v1 at 64
-# twice this is 0.2 points better, and of the usual tau at 64 and 256 twice this 1.5 and 0.9.
+# The rates that the tuning found at batch 32 and 256 and, before its last runs, at 64; the root of
+# the batch gives the others. Sides for which it found another one are below. By its last runs twice
+# this would be better for v1 at 64 and for the usual tau at 64 and 256, by 0.2, 1.5 and 0.9 points.
 LR = {16: 1e-3, 32: 1.4e-3, 64: 2e-3, 128: 2.8e-3, 256: 4e-3, 512: 5.6e-3}
 LR_OPENCLIP = {**LR, 64: 4e-3}
 LR_V1 = {**LR, 256: 8e-3, 512: 8e-3}

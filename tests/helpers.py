@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from rank_server import run_ranks
 
 import config
 import dist
 import faults
 import train as training
 from conftest import ROOT
+from rank_server import run_ranks
 from runtime import checkpoint
 
 # A model that trains for 30 steps in a few seconds on one core.

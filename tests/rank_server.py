@@ -68,10 +68,9 @@ class Server:
 
         They have the environment, stdout and stderr that this process has now.
         """
-        request = pickle.dumps((world_size, folder, job, dict(os.environ)))
-        size = len(request).to_bytes(8, "big")
-        socket.send_fds(self.socket, [size], [1, 2])
-        self.socket.sendall(request)
+        # Files can only be sent along with data: a byte that says nothing.
+        socket.send_fds(self.socket, [b"."], [1, 2])
+        self.socket.sendall(pickle.dumps((world_size, folder, job, dict(os.environ))))
         return pickle.load(self.replies)
 
 
@@ -82,11 +81,10 @@ def serve(connection):
     """Fork the ranks that are asked for, until the other side has closed the connection."""
     requests = connection.makefile("rb")
     while True:
-        size, outputs, _, _ = socket.recv_fds(connection, 8, 2)
-        if not size:
+        byte, outputs, _, _ = socket.recv_fds(connection, 1, 2)
+        if not byte:
             return
-        request = requests.read(int.from_bytes(size, "big"))
-        world_size, folder, job, environment = pickle.loads(request)
+        world_size, folder, job, environment = pickle.load(requests)
 
         processes = []
         for rank in range(world_size):

@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-from rank_server import run_ranks
 
 import config
 from helpers import (
@@ -27,6 +26,7 @@ from helpers import (
     train,
 )
 from loss import ContrastiveLoss
+from rank_server import run_ranks
 from runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_curves")

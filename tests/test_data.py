@@ -17,7 +17,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from rank_server import run_ranks
 
 import data
 import dist
@@ -27,6 +26,7 @@ from ingest import images, workers
 from ingest.index import Index, load_index
 from ingest.reader import ShardError
 from ingest.urls import expand
+from rank_server import run_ranks
 from samples import SIZES, N, load, number_of, order_of, picture, sample, write_shards, write_tar
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as c10d
-from rank_server import run_ranks
 from torch import nn
 
 import dist
 from config import ConfigError
+from rank_server import run_ranks
 
 
 def network():

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rank_server import run_ranks
 from torchvision.io import encode_png
 
 import config
@@ -24,6 +23,7 @@ from ingest.evaluation import load_sets, read_images, read_samples
 from ingest.index import load_index
 from ingest.sources import TarReader, TarSamples
 from ingest.tar import captions
+from rank_server import run_ranks
 from runtime import plots, ranks
 from runtime.ranks import Interrupted
 from samples import N, number_of, picture, sample, write_shards, write_tar

@@ -10,13 +10,13 @@ import threading
 
 import pytest
 import torch
-from rank_server import run_ranks
 
 import config
 import dist
 import shapes
 import train as training
 from helpers import SHORT_RUN, TINY, metrics, refused, run_jobs, train, words_of
+from rank_server import run_ranks
 from runtime import ranks
 from runtime.hardware import HostCopy
 from runtime.job import Job

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from rank_server import run_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +15,7 @@ import dist
 import loss as losses
 from config import ConfigError
 from loss import ALGORITHMS, TAU_REFERENCE, ContrastiveLoss, loss_by_definition
+from rank_server import run_ranks
 
 N = 24  # samples
 B = 8  # pairs in the global batch

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from rank_server import run_ranks
 
 import config
 import faults
@@ -28,6 +27,7 @@ from helpers import (
     weights,
 )
 from loss import ALGORITHMS
+from rank_server import run_ranks
 from runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_curves")

@@ -8,7 +8,6 @@ import tarfile
 import pytest
 import torch
 import torch.nn.functional as F
-from rank_server import run_ranks
 
 import config
 import data
@@ -19,6 +18,7 @@ import train as training
 from conftest import ROOT
 from helpers import TINY, refused, run, train, weights, words_of
 from loss import ContrastiveLoss
+from rank_server import run_ranks
 from runtime import plan
 
 RESNET = dict(
